@@ -1,0 +1,1 @@
+"""Asks the question: configuration -> trials -> rows -> figures, tables, verdicts."""

@@ -1,0 +1,95 @@
+"""The columns of trials.csv and of timeline.csv: their names, order and kinds are a contract.
+
+``None`` is written as an empty field. Byte columns of the scale model are its own bytes; ``scale``
+converts them to those of the modelled device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+IDENTITY = (
+    "run_id trial_id pair_id experiment strategy model hardware device_name scale workload repeat "
+    "seed rank world_size emulated_ranks basis engine_version emulated_version"
+).split()
+CONFIGURATION = (
+    "context_tokens fill sequences kv_dtype page_tokens block_tokens chunk_bytes arena layout "
+    "table_order kernel_variant mem_fraction slot_policy kv_bytes_per_token capacity_bytes"
+).split()
+END = (
+    "status signal oom_phase oom_allocation oom_source oom_requested_bytes oom_free_bytes "
+    "resident_tokens resident_limited_by gate_error"
+).split()
+MEMORY = (
+    "context_bytes nccl_bytes weights_bytes tables_bytes workspace_bytes kv_reserved_bytes "
+    "kv_committed_bytes kv_live_bytes peak_ledger_bytes peak_torch_bytes peak_device_bytes "
+    "unexplained_bytes predicted_tables_bytes predicted_kv_bytes predicted_peak_bytes"
+).split()
+TIME = (
+    "startup_seconds fill_seconds grow_bytes_per_second grow_stall_us_p50 grow_stall_us_p99 "
+    "grow_events attention_decode_step_ms attention_decode_step_ms_iqr "
+    "attention_decode_tokens_per_second attention_decode_bytes_per_second prefill_chunk_tokens "
+    "attention_prefill_chunk_ms attention_prefill_tokens_per_second "
+    "attention_prefill_flops_per_second wall_seconds"
+).split()
+# Ours beside the contract: what a trial was for, its options, its samples and how it differs from
+# the plan. `purpose` is point, bracket or resident; `admitted` says what can_admit(context) said.
+EXTRA = (
+    "purpose strategy_options growth release admitted decode_samples prefill_samples "
+    "gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "
+    "prefill_model_residual predicted_status predicted_off_by tolerance_bytes unexplained_phase "
+    "sequences_admitted sequences_refused sequences_preempted reserved_share internal_share "
+    "external_share live_share error started_utc"
+).split()
+
+COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
+TIMELINE_COLUMNS: tuple[str, ...] = tuple(
+    (
+        "run_id trial_id rank seconds phase allocation event_bytes event_seconds ledger_bytes "
+        "torch_reserved_bytes torch_allocated_bytes nvml_used_bytes device_used_bytes "
+        "device_free_bytes resident_tokens kv_committed_bytes"
+    ).split()
+)
+
+STATUSES = ("ok", "oom", "refused", "oom_host", "invalid", "timeout", "crash")
+BASES = ("measured", "scale_model", "planned")
+
+# Figures of speed: a row that is not ok, or whose gate did not pass, must not carry them.
+PERFORMANCE: frozenset[str] = frozenset(c for c in TIME if c.startswith("attention_")) | {
+    "decode_samples",
+    "prefill_samples",
+    "prefill_modelled_seconds",
+    "prefill_model_residual",
+}
+
+_TEXT = frozenset(
+    (
+        "run_id trial_id pair_id experiment strategy model hardware device_name workload basis "
+        "engine_version emulated_version kv_dtype arena layout table_order kernel_variant "
+        "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by purpose "
+        "strategy_options growth release kv_scales prefill_kernel_variant predicted_status "
+        "predicted_off_by unexplained_phase error started_utc phase allocation admitted"
+    ).split()
+)
+
+
+def is_text(column: str) -> bool:
+    """Whether a column holds text; every other one holds a number."""
+    return column in _TEXT
+
+
+def ordered(row: Mapping[str, object]) -> dict[str, object]:
+    """One row with every column, in order; unknown keys are an error, missing ones empty.
+
+    Raises
+    ------
+    KeyError
+        When ``row`` has a key that is no column: a misspelt column would be lost silently.
+    """
+    unknown = sorted(set(row) - set(COLUMNS))
+    if unknown:
+        raise KeyError(f"not columns of trials.csv: {', '.join(unknown)}")
+    out = {c: row.get(c) for c in COLUMNS}
+    if out["status"] != "ok":
+        out.update(dict.fromkeys(PERFORMANCE))
+    return out
