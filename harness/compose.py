@@ -1,0 +1,170 @@
+"""From a command line to composed configurations, with one clear line for a wrong one.
+
+Hydra composes; this module finds ``conf/`` in a checkout or in a wheel, expands ``-m`` sweeps, and
+turns each of Hydra's errors into the line that a user needs: key, value, what is allowed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from harness.schema import register
+from harness.sizes import BadValue
+
+GROUPS = ("strategy", "model", "hardware", "workload", "parallel", "experiment")
+MAX_JOBS = 1000
+
+
+def conf_dir() -> Path:
+    """``conf/`` beside the package in a checkout, ``harness/_conf`` in a wheel."""
+    here = Path(__file__).resolve().parent
+    for candidate in (here / "_conf", here.parent / "conf"):
+        if (candidate / "config.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(f"no configuration beside {here}: reinstall the package")
+
+
+def options(group: str) -> list[str]:
+    """The names that a group offers, e.g. ``static, paged, …`` for ``strategy``."""
+    return sorted(p.stem for p in (conf_dir() / group).glob("*.yaml"))
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[Override]:
+    """Parse ``key=value`` words.
+
+    Raises
+    ------
+    BadValue
+        For a word that is no override, or an option that a group does not have.
+    """
+    parser = OverridesParser.create()
+    parsed = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if word[:1] in "+~":
+            raise BadValue(key, value, "keys that exist, without + or ~ (see --help)")
+        if not equals:
+            raise BadValue(word or "''", "", "words of the form key=value (see --help)")
+        if value == "":
+            raise BadValue(key, "", "a value after '='")
+        try:
+            override = parser.parse_overrides([word])[0]
+        except HydraException:
+            raise BadValue(key, value, "a value of Hydra's grammar; quote odd characters") from None
+        _check_group(override)
+        parsed.append(override)
+    return parsed
+
+
+def _check_group(override: Override) -> None:
+    group = override.get_key_element()
+    if group not in GROUPS:
+        return
+    known = options(group)
+    values: list[Any] = [override.value()]
+    if override.is_sweep_override():
+        values = list(override.sweep_string_iterator())
+    for value in values:
+        if str(value) not in known:
+            raise BadValue(group, value, ", ".join(known))
+
+
+def expand(arguments: Sequence[str], multirun: bool) -> list[list[str]]:
+    """The override lists of every job: one, or the product of all sweeps with ``-m``."""
+    axes: list[list[str]] = []
+    for override in parse_overrides(arguments):
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            if not multirun:
+                raise BadValue(key, override.get_value_string(), "one value, or add -m to sweep")
+            axes.append([f"{key}={v}" for v in override.sweep_string_iterator()])
+        else:
+            axes.append([override.input_line or ""])
+    jobs = [list(job) for job in itertools.islice(itertools.product(*axes), MAX_JOBS + 1)]
+    if len(jobs) > MAX_JOBS:
+        raise BadValue("-m", f"more than {MAX_JOBS} jobs", f"up to {MAX_JOBS} jobs in one sweep")
+    return jobs
+
+
+def compose_config(overrides: Sequence[str]) -> DictConfig:
+    """One resolved configuration.
+
+    Raises
+    ------
+    BadValue
+        For a misspelt key, a wrong type or an unknown option.
+    """
+    register()
+    parsed = parse_overrides(overrides)
+    for override in parsed:
+        if override.get_key_element().startswith("hydra."):
+            raise BadValue(override.get_key_element(), override.get_value_string(),
+                           "the harness's own keys; Hydra's are for its launchers with -m")
+    try:
+        return _composed(overrides)
+    except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
+        raise _one_line(error, parsed) from None
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    running = GlobalHydra.instance().is_initialized()
+    session = (
+        contextlib.nullcontext()
+        if running
+        else initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="harness")
+    )
+    with session:
+        config = compose("config", overrides=list(overrides))
+    OmegaConf.resolve(config)
+    return config
+
+
+def _one_line(error: Exception, parsed: Sequence[Override]) -> BadValue:
+    """The override that Hydra complains of, as one line."""
+    text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}")
+    for override in sorted(parsed, key=lambda o: -o.get_key_element().count(".")):
+        key = override.get_key_element()
+        leaf = key.rsplit(".", 1)[-1]
+        if key in text or re.search(rf"\b{re.escape(leaf)}\b", text):
+            return BadValue(key, override.get_value_string(), _allowed(key, text))
+    return BadValue("configuration", "", text[:300])
+
+
+def _allowed(key: str, text: str) -> str:
+    """What a key may be, read off the default configuration."""
+    known = _keys(_composed([]))
+    if key in known:
+        want = re.search(r"of type '?(\w+)'? could not be converted to (\w+)", text)
+        value = re.search(r"could not be converted to (\w+)", text)
+        kind = want[2] if want else value[1] if value else "the type that its file shows"
+        return {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(
+            kind, kind
+        )
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    return "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
+
+
+def _keys(node: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
+    if not isinstance(node, DictConfig):
+        return [prefix]
+    out = [prefix] if prefix else []
+    for name in node:
+        child = node._get_node(name)
+        out += _keys(child, f"{prefix}.{name}" if prefix else str(name))
+    return out
