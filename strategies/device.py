@@ -76,6 +76,11 @@ class Device(Protocol):
     def used_bytes(self) -> int:
         """The device's own meter: bytes in use, whoever holds them (ballast not counted)."""
 
+    def meters(self) -> dict[str, int]:
+        """Other meters: ``torch_reserved_bytes``, ``torch_allocated_bytes``,
+        ``torch_peak_reserved_bytes`` and ``nvml_used_bytes`` on CUDA; empty on the host.
+        """
+
     def allocate(self, phase: str, allocation: str, nbytes: int) -> Allocation:
         """``nbytes`` really backed bytes; raises ``OutOfMemory``."""
 
