@@ -1,0 +1,120 @@
+"""Growth of a sequence by pages, all groups or none: shared by paged and eager_pages."""
+
+from __future__ import annotations
+
+from strategies.arena_pool import GroupPool
+from strategies.errors import OutOfMemory
+from strategies.pages import Grant, Pages
+from strategies.pooled import PooledStrategy
+
+
+class GrowingStrategy(PooledStrategy):
+    """A strategy that assigns pages on demand and takes back those behind a window."""
+
+    def extend(self, sequence: int, tokens: int) -> int:
+        """Make room for ``tokens`` more tokens; returns the bytes newly committed.
+
+        In a group with a window, pages that no query from the first new token on can see are
+        taken back first, and may be handed out again at once.
+
+        Raises
+        ------
+        OutOfMemory
+            Phase ``fill``, allocation ``kv_pages``; the state, and the bytes of every page that
+            the sequence holds, are as before.
+        Refused
+            The sequence was opened for fewer tokens.
+        """
+        with self._lock:
+            state = self._check_extend(sequence, tokens, self._state(sequence).max_tokens)
+            goal = state.tokens + tokens
+            dead = [pool.behind_window(sequence, state.tokens) for pool in self.pools]
+            lacking = [pool.lacking(sequence, goal) for pool in self.pools]
+            committed = 0
+            if any(more > 0 for more in lacking) or self._can_drop(sequence, dead):
+                committed = self._exchange(sequence, dead, lacking)
+            self._grow(state, tokens)
+            return committed
+
+    def _can_drop(self, sequence: int, dead: list[int]) -> bool:
+        return any(
+            first > pool.table.rows[sequence].first
+            for pool, first in zip(self.pools, dead, strict=True)
+        )
+
+    def _exchange(self, sequence: int, dead: list[int], lacking: list[int]) -> int:
+        """Release dead pages and take the lacking ones, in every group or in none."""
+        dropped = [
+            pool.table.rows[sequence].entries[pool.table.rows[sequence].first : first].astype(int)
+            for pool, first in zip(self.pools, dead, strict=True)
+        ]
+        for pool, pages in zip(self.pools, dropped, strict=True):
+            pool.allocator.lend(pages)
+        try:
+            grants = self._allocate(sequence, lacking)
+        except BaseException:
+            for pool, pages in zip(self.pools, dropped, strict=True):
+                pool.allocator.retake(pages)
+            raise
+        self._apply(sequence, grants, dropped, dead)
+        return sum(grant.committed_bytes for grant in grants)
+
+    def _apply(
+        self, sequence: int, grants: list[Grant], dropped: list[Pages], dead: list[int]
+    ) -> None:
+        for index, pool in enumerate(self.pools):
+            pool.allocator.settle()
+            pool.append(sequence, grants[index])
+            if len(dropped[index]):
+                pool.drop_front(sequence, dead[index])
+                page_tokens = pool.group.geometry.page_tokens
+                self._live_tokens[index] -= len(dropped[index]) * page_tokens
+        self._released()
+
+    def _allocate(self, sequence: int, lacking: list[int]) -> list[Grant]:
+        """Pages of every group; on a refusal, none, and the whole request in the error."""
+        free = self.device.free_bytes()
+        grants: list[Grant] = []
+        try:
+            for pool, more in zip(self.pools, lacking, strict=True):
+                grants.append(self._allocate_group(pool, more))
+        except BaseException as failure:
+            for pool, grant in zip(self.pools, grants, strict=False):
+                pool.allocator.undo(grant)
+            if isinstance(failure, OutOfMemory):
+                raise self._whole(failure, sequence, lacking, free) from failure
+            raise
+        return grants
+
+    def _allocate_group(self, pool: GroupPool, pages: int) -> Grant:
+        return pool.allocator.allocate(max(0, pages), "fill", "kv_pages")
+
+    def _whole(
+        self, refusal: OutOfMemory, sequence: int, lacking: list[int], free_bytes: int
+    ) -> OutOfMemory:
+        """Tell the refusal of one commit as that of the whole extension."""
+        if refusal.source == "pool":
+            requested, free_bytes = refusal.requested_bytes, refusal.free_bytes
+        else:
+            requested = sum(
+                pool.allocator.missing_bytes(max(0, more))
+                for pool, more in zip(self.pools, lacking, strict=True)
+            )
+        return OutOfMemory(
+            "fill",
+            "kv_pages",
+            requested,
+            free_bytes,
+            tokens=self._open[sequence].tokens,
+            source=refusal.source,
+            refused_bytes=refusal.refused_bytes,
+        )
+
+    def _released(self) -> None:
+        """Pages came back: give back what the strategy's policy does not keep."""
+
+    def close(self, sequence: int) -> None:
+        """End a sequence, take its pages back, and give back what the policy does not keep."""
+        with self._lock:
+            super().close(sequence)
+            self._released()
