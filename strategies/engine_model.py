@@ -1,0 +1,214 @@
+"""What an engine's memory policy needs to know of a model and a GPU, and what it answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+MIB = 1 << 20
+GIB = 1 << 30
+INT32_BYTES = 4
+INT64_BYTES = 8
+
+# NVML counts memory that the driver keeps and CUDA never shows. SGLang's memory fraction is taken
+# of the former (nvidia-smi), everything else of the latter. Read off an H200 and an H100.
+_NVML_MIB = {150_109_880_320: 143_771, 85_029_158_912: 81_559}
+_CUDA_SHARE_OF_NVML = 0.9957
+
+
+def nvml_total_mib(total_bytes: int) -> int:
+    """MiB that nvidia-smi shows for a GPU whose total is ``total_bytes`` for CUDA."""
+    known = _NVML_MIB.get(total_bytes)
+    return known if known is not None else round(total_bytes / MIB / _CUDA_SHARE_OF_NVML)
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """One rank of a model, as an engine sees it (sizes of the modelled GPU, never scaled).
+
+    Parameters
+    ----------
+    layers : int
+        Layers that keep K/V.
+    kv_heads, q_heads : int
+        Local heads of the rank.
+    head_dim : int
+        Elements of one head of K, and of V.
+    kv_itemsize : int
+        Bytes of a K/V element: 1 (FP8) or 2 (BF16).
+    weights_bytes : int
+        Of the rank, without the rotary table.
+    hidden_size, intermediate_size : int
+        ``intermediate_size`` of the rank; 0 when unknown (then four hidden sizes).
+    tensor_parallel : int
+        Ranks of the engine; enters SGLang's default memory fraction.
+    window_layers, window_tokens : int
+        Of ``layers``, those whose attention is local, and their chunk or window.
+    window_kind : str
+        ``chunked`` (Llama 4) or ``sliding``.
+    rotary_dim, max_position_embeddings : int
+        Shape of the rotary table, which engines build for the whole of the config's positions.
+    state_bytes_per_request : int
+        Recurrent state a request slot (Qwen3-Next: 9.21 MiB); 0 for attention-only models.
+    moe, quantized : bool
+        Decide which of vLLM's model runners is the default.
+    architecture : str
+        As in a config.json.
+    """
+
+    layers: int
+    kv_heads: int
+    q_heads: int
+    head_dim: int
+    kv_itemsize: int = 1
+    weights_bytes: int = 0
+    hidden_size: int = 4096
+    intermediate_size: int = 0
+    vocab_size: int = 128_256
+    tensor_parallel: int = 1
+    window_layers: int = 0
+    window_tokens: int = 0
+    window_kind: str = "chunked"
+    rotary_dim: int = 128
+    max_position_embeddings: int = 10_000_000
+    state_bytes_per_request: int = 0
+    moe: bool = False
+    quantized: bool = False
+    architecture: str = "LlamaForCausalLM"
+    name: str = "model"
+
+    def __post_init__(self) -> None:
+        positive = (self.layers, self.kv_heads, self.q_heads, self.head_dim, self.tensor_parallel)
+        if min(positive) < 1 or self.kv_itemsize not in (1, 2):
+            raise ValueError(f"layers, heads, head_dim and tensor_parallel are at least 1: {self}")
+        if not 0 <= self.window_layers <= self.layers:
+            raise ValueError(f"window_layers={self.window_layers}: from 0 to layers={self.layers}")
+        if self.window_layers and self.window_tokens < 1:
+            raise ValueError("window_tokens: at least 1 where window_layers is set")
+
+    @property
+    def full_layers(self) -> int:
+        """Layers with full attention."""
+        return self.layers - self.window_layers
+
+    @property
+    def layer_token_bytes(self) -> int:
+        """K and V of one token in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.kv_itemsize
+
+    @property
+    def token_bytes(self) -> int:
+        """K and V of one token in all layers."""
+        return self.layers * self.layer_token_bytes
+
+    @property
+    def activation_bytes_per_token(self) -> int:
+        """Peak of a forward pass: gate, up and their product, and two hidden states, in 16 bits.
+
+        With 16,384 tokens and the shape of one rank that was started (hidden 1024, intermediate
+        13,312) this is 1.28 GiB; vLLM 0.23.0 kept 1.59 GiB there, its own libraries included.
+        """
+        intermediate = self.intermediate_size or 4 * self.hidden_size
+        return 2 * (3 * intermediate + 2 * self.hidden_size)
+
+    def rope_bytes(self, context_tokens: int, itemsize: int) -> int:
+        """Bytes of the table of cosines and sines over every position."""
+        return max(self.max_position_embeddings, context_tokens) * self.rotary_dim * itemsize
+
+
+@dataclass(frozen=True)
+class Item:
+    """One allocation of an engine's start-up.
+
+    Parameters
+    ----------
+    phase : str
+        ``tables`` (before the pool), ``pool`` or ``workspace`` (after it).
+    name : str
+        As the engine calls it.
+    pieces : tuple[tuple[int, int], ...]
+        ``(count, bytes)`` of the tensors it consists of, in the order of allocation.
+    source : str
+        ``file:line@version`` of the formula, or ``measured@version``.
+    location : str
+        ``device``, ``host`` or ``host_pinned``.
+    shape : str
+        For people, e.g. ``int32 [2049, 10000004]``.
+    """
+
+    phase: str
+    name: str
+    pieces: tuple[tuple[int, int], ...]
+    source: str
+    location: str = "device"
+    shape: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """All of its bytes."""
+        return sum(count * size for count, size in self.pieces)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An engine's own refusal to start."""
+
+    phase: str
+    name: str
+    needed_bytes: int
+    available_bytes: int
+    message: str
+
+
+@dataclass(frozen=True)
+class EnginePlan:
+    """What an engine would allocate, in its order, and what it would then accept.
+
+    Parameters
+    ----------
+    items : tuple[Item, ...]
+        Up to the refusal, when there is one.
+    pool_tokens : int
+        Tokens that the pool can hold for requests.
+    slot_tokens : int
+        Tokens of one slot or block: the granularity of assignment.
+    request_limit : int
+        Requests that run at once.
+    max_request_tokens : int
+        The longest sequence that is accepted.
+    settings : dict
+        Flags as resolved (``mem_fraction_static``, ``max_running_requests``, …).
+    """
+
+    engine: str
+    version: str
+    items: tuple[Item, ...]
+    pool_tokens: int
+    slot_tokens: int
+    request_limit: int
+    max_request_tokens: int
+    window_pool_tokens: int = 0
+    refusal: Refusal | None = None
+    settings: dict[str, float | int | str | bool] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def named(self, name: str) -> Item | None:
+        """Find an item."""
+        return next((item for item in self.items if item.name == name), None)
+
+
+def tensor(
+    phase: str, name: str, shape: tuple[int, ...], dtype: str, source: str, location: str = "device"
+) -> Item:
+    """Make an item that is one tensor."""
+    itemsize = {"int32": 4, "int64": 8, "uint8": 1, "bool": 1, "fp32": 4, "bf16": 2}[dtype]
+    nbytes = itemsize
+    for extent in shape:
+        nbytes *= extent
+    text = f"{dtype} [{', '.join(map(str, shape))}]"
+    return Item(phase, name, ((1, nbytes),), source, location, text)
+
+
+def check_flag(engine: str, key: str, value: object, allowed: str, good: bool) -> None:
+    """Raise one clear line for a flag that an engine would not take."""
+    if not good:
+        raise ValueError(f"{engine} {key}={value}: not allowed; allowed: {allowed}")

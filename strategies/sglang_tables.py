@@ -1,0 +1,158 @@
+"""SGLang's index tables, graph batch sizes and graph buffers, by version.
+
+Sources are written ``file:line@version`` under ``sglang/srt/``. L is the context length, R the
+request limit, every table is on the GPU of every rank and outside the KV pool's budget.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from strategies.engine_model import MIB, EngineModel, Item, tensor
+
+if TYPE_CHECKING:
+    from strategies.sglang_flags import SGLangFlags, SGLangSettings
+
+VERSIONS = ("0.4.6.post5", "0.5.2", "0.5.3", "0.5.9", "0.5.12.post1", "0.5.23")
+
+# Rows of req_to_token beyond R: `size=max_num_reqs + 1` in model_runner.py:904@0.4.6.post5, a
+# padding row in memory_pool.py:145@0.5.12.post1; none in between (memory_pool.py:75@0.5.2).
+EXTRA_ROWS = {"0.4.6.post5": 1, "0.5.12.post1": 1, "0.5.23": 1}
+# model_runner_kv_cache_mixin.py:255@0.5.12.post1: room for what speculation appends.
+EXTRA_COLUMNS = 4
+
+# 1.06 GiB taken by the 58 piecewise graphs of a start on an H200 (chunks of 8192 tokens).
+PIECEWISE_MEASURED_BYTES = round(1.06 * 1024 * MIB)
+PIECEWISE_MEASURED_SIZES = 58
+# server_args.py:1568@0.5.12.post1 reserves this for each captured size.
+GRAPH_BYTES = 8 * MIB
+FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1
+
+
+def at_least(version: str, other: str) -> bool:
+    """Whether one of the known versions is not older than another."""
+    return VERSIONS.index(version) >= VERSIONS.index(other)
+
+
+def decode_graph_batches(
+    version: str, nvml_mib: int, max_bs: int | None, request_limit: int
+) -> list[int]:
+    """List the batch sizes that are captured; tables have as many rows as the largest.
+
+    ``cuda_graph_runner.py:127-169@0.4.6.post5``, ``:165-221@0.5.2``, ``:515-549@0.5.12.post1``:
+    whatever is wished for, it is clamped to the request pool.
+    """
+    limit = request_limit + (1 if version == "0.4.6.post5" else 0)
+    if at_least(version, "0.5.3"):
+        top = max_bs or 0
+        sizes = [1, 2, 4, 8, 12, *range(16, 257, 8), *range(272, 512, 16), *range(512, top + 1, 32)]
+        sizes = [*(s for s in sizes if s <= top), top]
+    else:
+        sizes = [1, 2, 4, 8, *range(16, 161, 8)]
+        if nvml_mib > (96 if version == "0.4.6.post5" else 90) * 1024:
+            sizes += range(160, 257, 8)
+        if version == "0.5.2" and nvml_mib > 160_000:
+            sizes += range(256, 513, 16)
+    if max(sizes) > limit:
+        sizes.append(limit)
+    if max_bs and not at_least(version, "0.5.3"):
+        sizes = [s for s in sizes if s <= max_bs] or [max_bs]
+        if max(sizes) < max_bs:
+            sizes += range(max(sizes), max_bs + 1, 16)
+    return sorted({s for s in sizes if 0 < s <= limit})
+
+
+def piecewise_sizes(max_tokens: int) -> int:
+    """How many prefill token counts get a piecewise graph (``server_args.py:1657-1675@0.5.12``)."""
+    sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
+    sizes += [*range(1280, 4097, 256), *range(4608, max_tokens + 1, 512)]
+    return sum(1 for size in sizes if size <= max_tokens)
+
+
+def request_table(version: str, context_tokens: int, request_limit: int) -> Item:
+    """``req_to_token``: a row of token slots a request; the table that grows with the context."""
+    rows = request_limit + EXTRA_ROWS.get(version, 0)
+    line = {
+        "0.4.6.post5": "mem_cache/memory_pool.py:72",
+        "0.5.2": "mem_cache/memory_pool.py:74",
+        "0.5.3": "mem_cache/memory_pool.py:80",
+        "0.5.9": "mem_cache/memory_pool.py:144",
+        "0.5.12.post1": "mem_cache/memory_pool.py:149",
+        "0.5.23": "mem_cache/memory_pool.py:406",
+    }[version]
+    shape = (rows, context_tokens + EXTRA_COLUMNS)
+    return tensor("tables", "req_to_token", shape, "int32", f"{line}@{version}")
+
+
+def backend_tables(
+    model: EngineModel,
+    flags: SGLangFlags,
+    settings: SGLangSettings,
+    context_tokens: int,
+    graph_batch: int,
+) -> list[Item]:
+    """Buffers of the attention backend's decode graphs; none with CUDA graphs off."""
+    backend = settings.attention_backend
+    items: list[Item] = []
+    if backend == "flashinfer":
+        source = "environ.py:370@0.5.12.post1"
+        items.append(
+            Item("workspace", "flashinfer_workspace", ((1, FLASHINFER_WORKSPACE_BYTES),), source)
+        )
+    if not graph_batch:
+        return items
+    if backend == "fa3":
+        items += _fa3_tables(model, flags, settings, context_tokens, graph_batch)
+    elif backend in ("flashinfer", "triton"):
+        dtype = "int32" if backend == "flashinfer" else "int64"
+        wrappers = 2 if backend == "flashinfer" and model.window_layers else 1
+        line = "flashinfer_backend.py:518" if backend == "flashinfer" else "triton_backend.py:468"
+        source = f"layers/attention/{line}@0.5.9"
+        shape = (wrappers, graph_batch * context_tokens)
+        items.append(tensor("workspace", "cuda_graph_kv_indices", shape, dtype, source))
+        mask = (graph_batch * context_tokens,)
+        items.append(tensor("workspace", "cuda_graph_custom_mask", mask, "uint8", source))
+    return items
+
+
+def _fa3_tables(
+    model: EngineModel,
+    flags: SGLangFlags,
+    settings: SGLangSettings,
+    context_tokens: int,
+    graph_batch: int,
+) -> list[Item]:
+    pages = -(-context_tokens // flags.page_size)
+    source = "layers/attention/flashattention_backend.py:1349@0.5.12.post1"
+    items = [tensor("workspace", "page_table", (graph_batch, pages), "int32", source)]
+    if flags.version == "0.4.6.post5":
+        old = "layers/attention/flashattention_backend.py:1150@0.4.6.post5"
+        items.append(
+            tensor("workspace", "page_table_draft_decode", (graph_batch, pages), "int32", old)
+        )
+    items.append(tensor("workspace", "strided_indices", (pages,), "int64", source))
+    if model.window_layers and model.window_kind == "chunked":
+        batches = graph_batch * -(-context_tokens // model.window_tokens)
+        local = (batches, -(-model.window_tokens // flags.page_size))
+        line = "layers/attention/flashattention_backend.py:1388@0.5.12.post1"
+        items.append(tensor("workspace", "local_block_table", local, "int32", line))
+    if settings.hybrid and at_least(flags.version, "0.5.9"):
+        line = "layers/attention/flashattention_backend.py:1397@0.5.12.post1"
+        items.append(tensor("workspace", "swa_page_table", (graph_batch, pages), "int32", line))
+    return items
+
+
+def graph_buffers(flags: SGLangFlags, settings: SGLangSettings, batches: list[int]) -> list[Item]:
+    """Memory of the captured graphs themselves, after the pool."""
+    items = []
+    if batches:
+        source = "server_args.py:1568@0.5.12.post1 (8 MiB a captured size)"
+        items.append(
+            Item("workspace", "decode_cuda_graphs", ((len(batches), GRAPH_BYTES),), source)
+        )
+    if settings.piecewise_sizes:
+        share = settings.piecewise_sizes / PIECEWISE_MEASURED_SIZES
+        nbytes = int(PIECEWISE_MEASURED_BYTES * share)
+        source = "measured@0.5.12.post1"
+        items.append(Item("workspace", "piecewise_cuda_graphs", ((1, nbytes),), source))
+    return items

@@ -1,0 +1,102 @@
+"""vLLM's flags, and the defaults that each release fills in for a model and a GPU.
+
+Sources are written ``file:line@version`` under ``vllm/``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from strategies.engine_model import GIB, EngineModel, check_flag
+from strategies.vllm_tables import VERSIONS, at_least, uses_v2_runner
+
+AUTO = "auto"
+BACKENDS = ("flash_attn", "flashinfer", "triton_attn")
+
+
+@dataclass(frozen=True)
+class VLLMFlags:
+    """vLLM's own flags, under their own names; ``None`` is the engine's default.
+
+    ``hybrid_kv_cache_manager`` is the inverse of ``--disable-hybrid-kv-cache-manager``; ``usage``
+    is ``server`` (vllm serve) or ``llm`` (the Python class), which differ in their defaults.
+    """
+
+    version: str = "0.23.0"
+    gpu_memory_utilization: float | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    block_size: int = 16
+    enforce_eager: bool = False
+    kv_cache_memory_bytes: int | None = None
+    max_model_len: int | str | None = None
+    hybrid_kv_cache_manager: bool | None = None
+    attention_backend: str | None = None
+    decode_context_parallel_size: int = 1
+    usage: str = "server"
+
+    def __post_init__(self) -> None:
+        def check(key: str, allowed: str, good: bool) -> None:
+            check_flag("vllm", key, getattr(self, key), allowed, good)
+
+        check("version", ", ".join(VERSIONS), self.version in VERSIONS)
+        value = self.gpu_memory_utilization
+        check("gpu_memory_utilization", "above 0, at most 1", value is None or 0 < value <= 1)
+        for key in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
+            number = getattr(self, key)
+            check(key, "a whole number from 1 on", number is None or number >= 1)
+        check("block_size", "1 to 4096", 1 <= self.block_size <= 4096)
+        length = self.max_model_len
+        good = length is None or length == AUTO or (isinstance(length, int) and length >= 1)
+        check("max_model_len", "tokens, or auto", good)
+        backend = self.attention_backend
+        check("attention_backend", ", ".join(BACKENDS), backend is None or backend in BACKENDS)
+        check("usage", "server, llm", self.usage in ("server", "llm"))
+        check("decode_context_parallel_size", "from 1 on", self.decode_context_parallel_size >= 1)
+
+
+@dataclass(frozen=True)
+class VLLMSettings:
+    """Flags after the engine has filled in its defaults for this GPU."""
+
+    gpu_memory_utilization: float
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    attention_backend: str
+    hybrid: bool
+    v2_runner: bool
+
+
+def resolve(
+    model: EngineModel, flags: VLLMFlags, context_tokens: int, total_bytes: int, hopper: bool = True
+) -> VLLMSettings:
+    """Fill in defaults.
+
+    ``engine/arg_utils.py:1600-1680@0.11.0``, ``:2287-2335,2480-2563@0.23.0``: large GPUs other
+    than an A100 get 1024 sequences. ``config/cache.py``: utilization 0.9, 0.92 from 0.23.0 on.
+    ``config/__init__.py:499-529@0.11.0``: chunked-local layers turn the hybrid manager off.
+    """
+    large = total_bytes >= 70 * GIB and hopper
+    tokens = flags.max_num_batched_tokens
+    seqs = flags.max_num_seqs
+    default_seqs = 1024 if large else 256
+    if tokens is None:
+        tokens = (16384 if flags.usage == "llm" else 8192) if large else 8192
+        tokens = 2048 if not large and flags.usage == "server" else tokens
+        tokens = min((seqs or default_seqs) * context_tokens, tokens)
+    if seqs is None:
+        seqs = min(default_seqs, tokens)
+    utilization = flags.gpu_memory_utilization
+    if utilization is None:
+        utilization = 0.92 if at_least(flags.version, "0.23.0") else 0.9
+    hybrid = bool(model.window_layers) and flags.hybrid_kv_cache_manager is not False
+    if hybrid and flags.version == "0.11.0" and model.window_kind == "chunked":
+        hybrid = flags.hybrid_kv_cache_manager is True
+    backend = flags.attention_backend or ("flash_attn" if hopper else _before_hopper(model))
+    return VLLMSettings(
+        utilization, seqs, tokens, backend, hybrid, uses_v2_runner(model, flags.version)
+    )
+
+
+def _before_hopper(model: EngineModel) -> str:
+    return "flashinfer" if model.kv_itemsize == 1 else "flash_attn"
