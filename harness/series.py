@@ -1,0 +1,145 @@
+"""How rows become curves: which rows belong together, and what a curve is called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pandas as pd
+
+from harness.runs import frame, trials
+
+# What may tell two curves of one strategy apart, in the order in which it is named.
+VARIATIONS = (
+    "hardware",
+    "device_name",
+    "emulated_version",
+    "engine_version",
+    "workload",
+    "sequences",
+    "kv_dtype",
+    "mem_fraction",
+    "slot_policy",
+    "page_tokens",
+    "block_tokens",
+    "chunk_bytes",
+    "arena",
+    "layout",
+    "table_order",
+    "kernel_variant",
+    "growth",
+    "release",
+    "world_size",
+    "emulated_ranks",
+    "strategy_options",
+)
+
+STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
+
+
+def rank_of(strategy: str) -> tuple[int, str]:
+    """Sorting key: the strategies in the order in which they are always named."""
+    known = STRATEGIES.index(strategy) if strategy in STRATEGIES else len(STRATEGIES)
+    return known, strategy
+
+
+@dataclass(frozen=True)
+class Series:
+    """Rows of one strategy in one configuration.
+
+    Parameters
+    ----------
+    strategy : str
+    label : str
+        The strategy, and what tells this curve from its others.
+    rows : pandas.DataFrame
+    turn : int
+        Which of its strategy's curves this is; 0 for the first.
+    """
+
+    strategy: str
+    label: str
+    rows: pd.DataFrame
+    turn: int
+
+
+def series(
+    rows: pd.DataFrame, extra: tuple[str, ...] = (), leave: tuple[str, ...] = ()
+) -> list[Series]:
+    """Every curve of the rows: each strategy, split by whatever varies within it.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+    extra : tuple of str
+        Further columns that split curves, ``fill`` say.
+    leave : tuple of str
+        Columns that do not split them (the figure's own x axis, say).
+
+    Returns
+    -------
+    list of Series
+        Together they hold every row.
+    """
+    out: list[Series] = []
+    for strategy in sorted(rows["strategy"].unique(), key=rank_of):
+        own = rows[rows["strategy"] == strategy]
+        names = [c for c in (*VARIATIONS, *extra) if c not in leave]
+        varied = [c for c in names if own[c].nunique(dropna=False) > 1]
+        groups = own.groupby(varied, sort=True, dropna=False) if varied else [((), own)]
+        for turn, (values, group) in enumerate(groups):
+            parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
+            label = ", ".join([str(strategy), *(p for p in parts if p)])
+            out.append(Series(str(strategy), label, group, turn))
+    return out
+
+
+def named(column: str, value: object) -> str:
+    """Return a configuration value as a curve's name gives it."""
+    if value == "" or value != value:
+        return ""
+    if column == "fill":
+        return f"filled to {100 * float(str(value)):g} %"
+    if isinstance(value, float):
+        value = f"{value:g}"
+    if column in (
+        "model",
+        "strategy_options",
+        "kv_dtype",
+        "growth",
+        "release",
+        "slot_policy",
+        "arena",
+    ):
+        return str(value)
+    return f"{column.removesuffix('_tokens').removesuffix('_bytes').replace('_', ' ')} {value}"
+
+
+def points(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return a row a trial, without those that close a bracket where a strategy has others."""
+    rows = trials(rows)
+    auxiliary = rows["purpose"].isin(["bracket", "resident"])
+    have = rows[~auxiliary].groupby(["strategy", "model"]).size().index
+    keyed = pd.MultiIndex.from_frame(rows[["strategy", "model"]])
+    return rows[~auxiliary | ~keyed.isin(have)].reset_index(drop=True)
+
+
+def by_model(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Return the rows of each model."""
+    for model, own in frame(rows).groupby("model", sort=True, dropna=False):
+        yield str(model), own
+
+
+def needed_bytes(rows: pd.DataFrame) -> pd.Series:
+    """Return what a refused trial needed, own bytes: in use before it asked, plus the asked."""
+    return rows["capacity_bytes"] - rows["oom_free_bytes"] + rows["oom_requested_bytes"]
+
+
+def scale(rows: pd.DataFrame) -> pd.Series:
+    """Bytes of the modelled device for a byte of the row; 1 where the row is no scale model's."""
+    return rows["scale"].fillna(1).replace(0, 1)
+
+
+def is_scale_model(rows: pd.DataFrame) -> bool:
+    """Whether any of the rows comes from the scale model."""
+    return bool((rows["basis"].eq("scale_model") | scale(rows).ne(1)).any())

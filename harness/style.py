@@ -1,0 +1,188 @@
+"""One look for every figure: colours, markers, axes in powers of ten tokens, files.
+
+Figures are drawn for one column of a paper (3.4 in). The palette is Okabe and Ito's, which people
+with any kind of colour vision can tell apart; a strategy keeps its colour and marker everywhere.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any, ParamSpec
+
+import matplotlib as mpl
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
+
+from harness.runs import RunError, write_file
+
+WIDTH_INCHES = 3.4
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
+GREY, DARK = "#BBBBBB", "#666666"
+
+_STRATEGY = {
+    "static": (VERMILLION, "s"),
+    "paged": (BLUE, "o"),
+    "eager_pages": (GREEN, "^"),
+    "sglang": (ORANGE, "D"),
+    "vllm": (PURPLE, "v"),
+}
+_OTHERS = ((SKY, "P"), (BLACK, "*"), (DARK, "h"), (GREY, "X"))
+WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
+LEGEND_LETTERS = 72  # that fit a column's width in the legend's size
+LINES = ("-", "--", ":", "-.")
+COMPONENTS = {
+    "context": GREY,
+    "nccl": "#8C8C8C",
+    "weights": DARK,
+    "tables": YELLOW,
+    "KV": SKY,
+    "workspace": PURPLE,
+    "other": GREEN,
+}
+# How a trial that did not end well is marked, and what the mark is called.
+ENDS = {
+    "oom": ("X", "out of memory"),
+    "refused": ("P", "refused"),
+    "oom_host": ("X", "out of host memory"),
+    "invalid": ("d", "invalid (failed its gate)"),
+    "timeout": ("d", "timeout"),
+    "crash": ("d", "crash"),
+}
+RC = {
+    "font.family": "DejaVu Sans",
+    "font.size": 7.5,
+    "axes.titlesize": 8,
+    "axes.labelsize": 7.5,
+    "legend.fontsize": 6.5,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "lines.linewidth": 1.3,
+    "lines.markersize": 4.5,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.5,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.6,
+    "figure.dpi": 150,
+    "savefig.dpi": 300,
+    "svg.hashsalt": "kv-alloc-bench",
+    "svg.fonttype": "path",
+    "text.parse_math": True,
+}
+
+P = ParamSpec("P")
+
+
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
+    """Draw in this style whatever the reader's own settings are."""
+
+    @wraps(draw)
+    def inner(*args: P.args, **kwargs: P.kwargs) -> Figure:
+        with mpl.rc_context(RC):
+            return draw(*args, **kwargs)
+
+    return inner
+
+
+def look(strategy: str) -> tuple[str, str]:
+    """Return a strategy's colour and marker; one of unknown name gets its own, always the same."""
+    return _STRATEGY.get(strategy) or _OTHERS[sum(strategy.encode()) % len(_OTHERS)]
+
+
+def plain(text: object) -> str:
+    """Return text as matplotlib prints it literally: a ``$`` would begin a formula."""
+    return str(text).replace("$", r"\$")
+
+
+def new_figure(height_inches: float, rows: int = 1, columns: int = 1, **kwargs: Any) -> Figure:  # noqa: ANN401
+    """Return a figure of one column's width with its axes, laid out without overlap."""
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), layout="constrained")
+    figure.subplots(rows, columns, squeeze=False, **kwargs)
+    return figure
+
+
+def token_axis(axes: Axes, label: str) -> None:
+    """Make x a log axis of tokens, labelled in powers of ten."""
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(10, numticks=20))
+    axes.xaxis.set_major_formatter(LogFormatterMathtext(10))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel(label)
+
+
+def plain_log_axis(axes: Axes, label: str) -> None:
+    """Make y a log axis whose ticks (1, 2, 5, 10 ...) are written out."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    steps = (1.0, 2.0, 5.0) if high / max(low, 1e-12) < 200 else (1.0,)
+    axes.yaxis.set_major_locator(LogLocator(10, subs=steps, numticks=20))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel(label)
+
+
+def capacity_line(axes: Axes, capacity_gib: float, text: str = "device") -> None:
+    """Draw where the device ends."""
+    axes.axhline(capacity_gib, color=BLACK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
+    axes.annotate(
+        plain(f"{text}: {capacity_gib:.1f} GiB free"),
+        (0.01, capacity_gib),
+        xycoords=("axes fraction", "data"),
+        xytext=(0, 2),
+        textcoords="offset points",
+        fontsize=6.5,
+        va="bottom",
+        bbox=WHITE_BOX,
+    )
+
+
+def badge(figure: Figure, *texts: str) -> None:
+    """Print what a reader must know to read the figure right, under it."""
+    said = [t for t in texts if t]
+    if said:
+        figure.supxlabel("\n".join(plain(t) for t in said), fontsize=6, color="#444444")
+
+
+def legend(figure: Figure, handles: Sequence[Artist], columns: int = 2) -> None:
+    """Put one legend over all axes, above them; in fewer columns when names are long."""
+    names = [len(str(h.get_label())) for h in handles]
+    while columns > 1 and _legend_letters(names, columns) > LEGEND_LETTERS:
+        columns -= 1
+    figure.legend(
+        handles=list(handles),
+        loc="outside upper left",
+        ncols=columns,
+        handlelength=2.2,
+        columnspacing=1.2,
+        borderaxespad=0.1,
+    )
+
+
+def _legend_letters(names: list[int], columns: int) -> int:
+    """Return the width in letters of names set column by column, a handle being 8 of them."""
+    size = -(-len(names) // columns)
+    return sum(max(names[i : i + size]) + 8 for i in range(0, len(names), size))
+
+
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """Write ``name.png`` and ``name.svg`` into ``folder``; the same figure gives the same bytes."""
+    out = []
+    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
+        buffer = io.BytesIO()
+        with mpl.rc_context(RC):
+            try:
+                figure.savefig(buffer, format=kind, metadata=metadata)
+            except ValueError as error:
+                raise RunError(f"figure {name}: cannot be drawn ({error})") from None
+        out.append(write_file(folder / f"{name}.{kind}", buffer.getvalue()))
+    return out

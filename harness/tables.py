@@ -1,0 +1,297 @@
+"""The tables of a run: its trials, its OOM points, its verdicts, the planner beside the meters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pandas as pd
+
+from harness.runs import clean, frame, lookup, trials
+from harness.series import is_scale_model, points, scale, series
+from harness.tabular import (
+    EMPTY,
+    Table,
+    figure_of,
+    gib,
+    known,
+    percent,
+    scaled_bytes,
+    tokens,
+)
+
+SCALE_NOTE = (
+    "Scale model: MiB are its own bytes, GiB those of the modelled device (x {scale}). "
+    "OOM points transfer to the modelled device, speeds do not."
+)
+SPEED_NOTE = "Throughput is attention only: all layers' decode or prefill kernels of one rank."
+ENDINGS = {
+    "oom": "out of memory",
+    "refused": "refused by the strategy's own rule",
+    "sweep_end": "end of the sweep, no failure",
+}
+
+
+def sweep_table(rows: pd.DataFrame) -> str:
+    """Return the trials of a sweep for a terminal: context, fill, end, tokens, bytes, speed."""
+    return sweep(rows).text({"where": 26})
+
+
+def oom_points_table(summary: dict[str, Any]) -> str:
+    """Return the three OOM brackets of every strategy for a terminal."""
+    return oom_points(summary).text()
+
+
+def verdict_table(summary: dict[str, Any]) -> str:
+    """Return the verdict on every claim for a terminal."""
+    return verdicts(summary).text({"condition": 60, "claim": 36, "measured": 18, "reported": 18})
+
+
+def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
+    """Return the trials, without those that only close a bracket (counted in a note).
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+    each : bool
+        A line a trial with its id; else a line a cell, with the median over its repeats.
+    """
+    every = trials(rows)
+    own = points(every)
+    lines, anchors = [], []
+    for one in series(own):
+        keys = ["model", "context_tokens", "fill", "status", "oom_phase", "oom_allocation"]
+        if each:
+            keys.append("repeat")
+        for _, group in one.rows.groupby(keys, dropna=False, sort=True):
+            for row in [r for _, r in group.iterrows()] if each else [_median(group)]:
+                lines.append(_sweep_cells(one.label, row, row["trial_id"] if each else len(group)))
+                anchors.append(row["trial_id"] if each else "")
+    columns = (
+        "trial" if each else ">trials",
+        "strategy",
+        "model",
+        ">context",
+        ">fill",
+        "status",
+        "where",
+        ">resident tokens",
+        *(f">{name}" for name in ("KV committed", "peak")),
+        ">decode tok/s",
+        ">prefill tok/s",
+    )
+    if not each and all(row[0] == "1" for row in lines):
+        columns, lines = columns[1:], [row[1:] for row in lines]
+    notes = _sweep_notes(own, len(every) - len(own), any(r[-1] + r[-2] != 2 * EMPTY for r in lines))
+    table = Table("Trials", columns, tuple(lines), notes, tuple(anchors))
+    return without_empty(table, keep=("strategy", ">context", "status", ">resident tokens"))
+
+
+def _median(group: pd.DataFrame) -> pd.Series:
+    row = group.iloc[0].copy()
+    numbers = group.select_dtypes("number").median()
+    row[numbers.index] = numbers
+    return row
+
+
+def _sweep_notes(own: pd.DataFrame, left_out: int, timed: bool) -> tuple[str, ...]:
+    notes = _failures(own)
+    if timed:
+        notes.append(SPEED_NOTE)
+    if is_scale_model(own):
+        notes.append(SCALE_NOTE.format(scale=" or ".join(f"{s:g}" for s in scale(own).unique())))
+    if left_out:
+        notes.append(f"{left_out} further trials close the brackets of the OOM points.")
+    return tuple(notes)
+
+
+def _failures(own: pd.DataFrame) -> list[str]:
+    """Return a sentence a failed cell: what was asked for, and what was free."""
+    out: dict[str, None] = {}
+    for one in series(own):
+        for _, row in one.rows[one.rows["oom_requested_bytes"].notna()].iterrows():
+            where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p)
+            text = (
+                f"{one.label} at {tokens(row['context_tokens'])}, {percent(row['fill'])} filled: "
+                f"{row['status']} in {where}: asked "
+                f"{scaled_bytes(row['oom_requested_bytes'], row['scale'])}, free "
+                f"{scaled_bytes(row['oom_free_bytes'], row['scale'])}, "
+                f"{count(row['resident_tokens'])} tokens resident."
+            )
+            out[text] = None
+    return list(out)
+
+
+def _sweep_cells(label: str, row: pd.Series, first: object) -> tuple[str, ...]:
+    factor = row["scale"]
+    where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p) or EMPTY
+    return (
+        str(first),
+        label,
+        row["model"] or EMPTY,
+        tokens(row["context_tokens"]),
+        percent(row["fill"]),
+        row["status"] + (f" {row['signal']}" if row["signal"] else ""),
+        where,
+        f"{row['resident_tokens']:,.0f}" if known(row["resident_tokens"]) else EMPTY,
+        scaled_bytes(row["kv_committed_bytes"], factor),
+        scaled_bytes(row["peak_device_bytes"], factor),
+        figure_of(row["attention_decode_tokens_per_second"]),
+        figure_of(row["attention_prefill_tokens_per_second"]),
+    )
+
+
+def without_empty(table: Table, keep: tuple[str, ...] = ()) -> Table:
+    """Return the table without columns that say nothing: all empty, or one model all along."""
+    wanted = [
+        i
+        for i, name in enumerate(table.columns)
+        if name in keep
+        or (
+            any(row[i] not in (EMPTY, "") for row in table.rows)
+            and (name != "model" or len({row[i] for row in table.rows}) > 1)
+        )
+    ]
+    return Table(
+        table.title,
+        tuple(table.columns[i] for i in wanted),
+        tuple(tuple(row[i] for i in wanted) for row in table.rows),
+        table.notes,
+        table.anchors,
+    )
+
+
+def oom_points(summary: dict[str, Any]) -> Table:
+    """Return a line a strategy and OOM point: [largest ok, smallest not ok], how it ended."""
+    meaning = {
+        "startup": "start-up (reaches ready)",
+        "admit": "admit (full context accepted)",
+        "resident": "resident (filled until refusal)",
+    }
+    lines = []
+    for name, one in strategies(summary):
+        for key, text in meaning.items():
+            bracket = lookup(one, key)
+            if not bracket:
+                continue
+            ended = clean(lookup(bracket, "limited_by", default=""))
+            lines.append(
+                (
+                    name,
+                    text,
+                    count(lookup(bracket, "ok")),
+                    count(lookup(bracket, "not_ok")),
+                    ENDINGS.get(ended, ended or EMPTY),
+                )
+            )
+    columns = ("strategy", "point", ">largest ok", ">smallest not ok", "ended by")
+    notes = ("Tokens of one sequence's context (start-up, admit) or stored in it (resident).",)
+    return Table("OOM points, tokens", columns, tuple(lines), notes)
+
+
+def verdicts(summary: dict[str, Any]) -> Table:
+    """Return a line a claim: verdict, condition, basis, measured beside reported figure."""
+    claims = lookup(summary, "claims", default=[])
+    lines = tuple(
+        (
+            clean(lookup(c, "id", default="")),
+            clean(lookup(c, "claim", default="") or lookup(c, "text", default="")) or EMPTY,
+            clean(lookup(c, "verdict", default="")) or EMPTY,
+            value(lookup(c, "measured")),
+            value(lookup(c, "reported")),
+            clean(lookup(c, "basis", default="")) or EMPTY,
+            clean(lookup(c, "condition", default="")) or EMPTY,
+        )
+        for c in (claims if isinstance(claims, list) else [])
+        if isinstance(c, dict)
+    )
+    columns = ("id", "claim", "verdict", "measured", "reported", "basis", "condition")
+    return without_empty(
+        Table("Verdicts on the report's claims", columns, lines), keep=("id", "verdict")
+    )
+
+
+def planner(rows: pd.DataFrame) -> Table:
+    """Return the planner's prediction beside the measurement for every trial that has both."""
+    own = points(rows)
+    lines, anchors = [], []
+    for _, row in own[own["predicted_peak_bytes"].notna()].iterrows():
+        measured, expected = row["peak_device_bytes"], row["predicted_peak_bytes"]
+        if row["status"] != "ok" or not known(measured):
+            continue
+        lines.append(
+            (
+                row["strategy"],
+                tokens(row["context_tokens"]),
+                percent(row["fill"]),
+                gib(expected * (row["scale"] if known(row["scale"]) else 1)),
+                gib(measured * (row["scale"] if known(row["scale"]) else 1)),
+                _difference(measured, expected),
+                row["predicted_off_by"] or EMPTY,
+            )
+        )
+        anchors.append(row["trial_id"])
+    columns = (
+        "strategy",
+        ">context",
+        ">fill",
+        ">predicted peak",
+        ">measured peak",
+        ">difference",
+        "largest difference in",
+    )
+    note = ("Bytes of the modelled device.",) if is_scale_model(frame(rows)) else ()
+    table = Table("Planner beside measurement", columns, tuple(lines), note, tuple(anchors))
+    return without_empty(table, keep=columns[:6])
+
+
+def peaks(summary: dict[str, Any], factor: float = 1) -> Table:
+    """Return a line a strategy: peak bytes (times ``factor``), decode rate at most tokens."""
+    lines = []
+    for name, one in strategies(summary):
+        decode = [d for d in lookup(one, "decode", default=[]) or [] if isinstance(d, dict)]
+        last = max(decode, key=lambda d: d.get("resident_tokens") or 0, default={})
+        peak = lookup(one, "peak_device_bytes")
+        lines.append(
+            (
+                name,
+                gib(peak * factor) if isinstance(peak, (int, float)) else EMPTY,
+                count(last.get("resident_tokens")),
+                figure_of(last.get("attention_decode_tokens_per_second")),
+            )
+        )
+    columns = ("strategy", ">peak", ">longest timed, tokens", ">decode there, tok/s")
+    return Table("Peaks", columns, tuple(lines), (SPEED_NOTE,))
+
+
+def count(value: object) -> str:
+    """Tokens with all their digits."""
+    return f"{value:,.0f}" if isinstance(value, (int, float)) and known(value) else EMPTY
+
+
+def value(item: object) -> str:
+    """Return a claim's figure as text; a mapping as ``key: value`` pairs."""
+    if isinstance(item, dict):
+        return "; ".join(f"{clean(k)}: {value(v)}" for k, v in item.items())
+    if isinstance(item, (list, tuple)):
+        return "; ".join(value(v) for v in item)
+    if isinstance(item, bool) or item is None:
+        return EMPTY if item is None else ("yes" if item else "no")
+    if isinstance(item, (int, float)):
+        return count(item) if float(item).is_integer() else figure_of(item)
+    return clean(item) or EMPTY
+
+
+def strategies(summary: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the strategies of a summary by name, whatever a stranger wrote there."""
+    found = lookup(summary, "strategies", default={})
+    if not isinstance(found, dict):
+        return []
+    return [(clean(k), v) for k, v in found.items() if isinstance(v, dict)]
+
+
+def _difference(measured: float, expected: float) -> str:
+    """Return how far a measurement lies from what was expected, ``+0.12 %``."""
+    if not expected:
+        return EMPTY
+    text = f"{100 * (measured / expected - 1):+.2f} %"
+    return text if float(text.removesuffix(" %")) else "0.00 %"
