@@ -8,9 +8,6 @@ for every finite code, subnormal ones too. ``CODE_SCALE`` makes up for it. A NaN
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-
 import torch
 
 from kernels.view import Geometry, View
@@ -33,14 +30,9 @@ def tiles(view: View, layer: int, kv: int, head: int) -> torch.Tensor:
     return tile.view(_ELEMENT[g.kv_dtype])
 
 
-def runs(pages: torch.Tensor) -> Iterator[tuple[int, int, int]]:
-    """Cut a row of a page table into runs of consecutive pages: (index, first page, count)."""
-    if not len(pages):
-        return
-    breaks = torch.nonzero(pages[1:] - pages[:-1] != 1).flatten() + 1
-    bounds = [0, *breaks.tolist(), len(pages)]
-    for lo, hi in itertools.pairwise(bounds):
-        yield lo, int(pages[lo]), hi - lo
+def consecutive(pages: torch.Tensor) -> bool:
+    """Whether a stretch of a page table names pages that follow each other in the arena."""
+    return bool((pages[1:] - pages[:-1] == 1).all())
 
 
 class BlockReader:
@@ -77,7 +69,7 @@ class BlockReader:
         self, tile: torch.Tensor, pages: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         count, start = len(pages), int(pages[0])
-        if bool((pages[1:] - pages[:-1] == 1).all()):
+        if consecutive(pages):
             codes = tile[start : start + count]
         else:
             codes = torch.index_select(tile, 0, pages, out=self._gathered[:count])
@@ -148,18 +140,29 @@ def _write_part(
 def _write_pages(
     view: View, layer: int, k: torch.Tensor, v: torch.Tensor, row: int, first: int
 ) -> None:
-    """Store whole pages from table position ``first`` on."""
+    """Store whole pages from table position ``first`` on, a block of them at a time."""
     g = view.geometry
-    size, count = g.page_tokens, len(k) // g.page_tokens
-    for index, page, pages in runs(view.page_table[row, first : first + count]):
-        cut = slice(index * size, (index + pages) * size)
+    size = g.page_tokens
+    step = max(1, BLOCK_TOKENS // size)
+    for lo in range(0, len(k) // size, step):
+        count = min(step, len(k) // size - lo)
+        pages = view.page_table[row, first + lo : first + lo + count]
+        cut = slice(lo * size, (lo + count) * size)
         for head in range(g.kv_heads):
-            k_tiles = tiles(view, layer, 0, head)[page : page + pages]
-            v_tiles = tiles(view, layer, 1, head)[page : page + pages]
-            k_tiles.view(pages, size, g.head_dim).copy_(k[cut, head].unflatten(0, (pages, size)))
-            v_tiles.view(pages, g.head_dim, size).copy_(
-                v[cut, head].unflatten(0, (pages, size)).transpose(1, 2)
-            )
+            by_page = k[cut, head].unflatten(0, (count, size))
+            _put(tiles(view, layer, 0, head), pages, by_page)
+            by_page = v[cut, head].unflatten(0, (count, size)).transpose(1, 2)
+            _put(tiles(view, layer, 1, head), pages, by_page)
+
+
+def _put(tile: torch.Tensor, pages: torch.Tensor, codes: torch.Tensor) -> None:
+    """Store tiles ``codes [pages, ., .]``; scattered ones go through words of eight bytes."""
+    if consecutive(pages):
+        start = int(pages[0])
+        tile[start : start + len(pages)].view(codes.shape).copy_(codes)
+    else:
+        words = codes.reshape(len(pages), -1).view(torch.int64)
+        tile.view(torch.int64)[pages.long()] = words
 
 
 def write_tokens(
