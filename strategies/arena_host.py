@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 class HostArena:
     """Anonymous host memory of which whole chunks are resident.
 
-    Freshly committed bytes read as zero (the kernel's own promise).
-
     Parameters
     ----------
     device : HostDevice
@@ -32,6 +30,7 @@ class HostArena:
     """
 
     kind = "mmap"
+    fresh_is_zero = True
 
     def __init__(self, device: HostDevice, reserve_bytes: int, chunk_bytes: int) -> None:
         if chunk_bytes % PAGE_BYTES:

@@ -39,9 +39,19 @@ class Arena(Protocol):
     """
 
     kind: str
-    reserved_bytes: int
-    committed_bytes: int
-    chunk_bytes: int
+    fresh_is_zero: bool  # whether newly committed bytes read as zero
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes of address space."""
+
+    @property
+    def committed_bytes(self) -> int:
+        """Bytes of physical memory behind it."""
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
 
     @property
     def u8(self) -> torch.Tensor:
@@ -74,21 +84,23 @@ class Device(Protocol):
         """Bytes that can still be had."""
 
     def used_bytes(self) -> int:
-        """The device's own meter: bytes in use, whoever holds them (ballast not counted)."""
+        """Read the device's own meter: bytes in use, whoever holds them, ballast not counted."""
 
     def meters(self) -> dict[str, int]:
-        """Other meters: ``torch_reserved_bytes``, ``torch_allocated_bytes``,
-        ``torch_peak_reserved_bytes`` and ``nvml_used_bytes`` on CUDA; empty on the host.
+        """Read the other meters; empty on the host.
+
+        On CUDA ``torch_reserved_bytes``, ``torch_allocated_bytes``, ``torch_peak_reserved_bytes``
+        and ``nvml_used_bytes`` at the least.
         """
 
     def allocate(self, phase: str, allocation: str, nbytes: int) -> Allocation:
         """``nbytes`` really backed bytes; raises ``OutOfMemory``."""
 
     def reserve(self, reserve_bytes: int, chunk_bytes: int, kind: str = "auto") -> Arena:
-        """An arena; ``kind`` is ``mapped`` or ``malloc`` on CUDA and ``mmap`` on the host."""
+        """Make an arena; ``kind`` is ``mapped`` or ``malloc`` on CUDA and ``mmap`` on the host."""
 
     def tensor(self, data: Any, dtype: str) -> torch.Tensor:  # noqa: ANN401
-        """A small tensor on the device (page tables, lengths), outside the ledger."""
+        """Make a small tensor on the device (page tables, lengths), outside the ledger."""
 
     def synchronize(self) -> None:
         """Wait for the device."""

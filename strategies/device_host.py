@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,7 @@ class HostDevice:
         self.capacity_bytes, self.scale = capacity_bytes, scale
         self.observer, self.name = observer, name
         self._taken_bytes = 0
+        self._lock = threading.Lock()  # an arena may grow in a background thread
         self._mappings: dict[int, HostMapping] = {}
 
     def free_bytes(self) -> int:
@@ -95,6 +97,10 @@ class HostDevice:
     def used_bytes(self) -> int:
         """Resident bytes of this device's own mappings, read from the kernel."""
         return sum(mapping.resident_bytes() for mapping in list(self._mappings.values()))
+
+    def meters(self) -> dict[str, int]:
+        """Report no other meter: there is none on the host."""
+        return {}
 
     def allocate(self, phase: str, allocation: str, nbytes: int) -> HostAllocation:
         """``nbytes`` of touched memory, rounded up to 4 KiB.
@@ -137,15 +143,18 @@ class HostDevice:
         self, phase: str, allocation: str, nbytes: int, requested_bytes: int | None = None
     ) -> None:
         """Take ``nbytes`` from the budget or raise ``OutOfMemory``."""
-        free = self.free_bytes()
-        if nbytes > free:
-            requested = nbytes if requested_bytes is None else requested_bytes
-            raise OutOfMemory(phase, allocation, requested, free, source=self.oom_source)
-        self._taken_bytes += nbytes
+        with self._lock:
+            free = self.free_bytes()
+            if nbytes <= free:
+                self._taken_bytes += nbytes
+                return
+        requested = nbytes if requested_bytes is None else requested_bytes
+        raise OutOfMemory(phase, allocation, requested, free, source=self.oom_source)
 
     def give(self, nbytes: int) -> None:
         """Return ``nbytes`` to the budget."""
-        self._taken_bytes -= nbytes
+        with self._lock:
+            self._taken_bytes -= nbytes
 
     def track(self, mapping: HostMapping) -> None:
         """Count this mapping's resident bytes as used."""

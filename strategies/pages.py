@@ -38,7 +38,7 @@ class PageAllocator:
     Parameters
     ----------
     arena : Arena
-        Its chunks are those of ``group``; bytes that it commits read as zero.
+        Its chunks are those of ``group``.
     group : LayerGroup
     page_policy : str
         ``lowest``: the lowest free page, whether its chunk is committed or not (which drains high
@@ -131,10 +131,10 @@ class PageAllocator:
             self._decommit(run)
 
     def zero(self, grant: Grant) -> None:
-        """Zero the pages of a grant that held something before, so that no tail is NaN.
+        """Zero the pages of a grant that may hold something, so that no tail is NaN.
 
         The last tile of a sequence is read past its end with probability 0, and 0 x NaN is NaN.
-        Pages of freshly committed chunks are zero already.
+        Zeroed are reused pages and, unless the arena promises zeros, fresh ones.
         """
         used = grant.pages[self._dirty[grant.pages]]
         for lo, hi in runs(np.sort(used)):
@@ -239,6 +239,8 @@ class PageAllocator:
         for lo, hi in chunk_runs:
             fresh = int((~self._committed[lo:hi]).sum())
             self._committed[lo:hi] = True
+            if not self.arena.fresh_is_zero:
+                self._dirty[lo * self.pages_per_chunk : hi * self.pages_per_chunk] = True
             # A chunk that was not committed had no page handed out.
             self.empty_chunks += fresh
             self.free_committed_pages += fresh * self.pages_per_chunk

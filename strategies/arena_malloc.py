@@ -1,0 +1,88 @@
+"""An arena of one ordinary allocation: the control that shows what mapping itself costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from strategies.chunk_map import ChunkMap
+
+if TYPE_CHECKING:
+    import torch
+
+
+class MallocArena:
+    """Backed in one piece by ``torch.empty`` at the first commit of anything.
+
+    From then on everything is committed, ``commit`` is bookkeeping, and ``decommit`` gives nothing
+    back before :meth:`close`.
+
+    Parameters
+    ----------
+    allocate : callable
+        ``(phase, allocation, nbytes) -> uint8 tensor``; raises ``OutOfMemory``.
+    reserve_bytes : int
+        Rounded up to whole chunks.
+    chunk_bytes : int
+    """
+
+    kind = "malloc"
+    fresh_is_zero = False
+
+    def __init__(
+        self,
+        allocate: Callable[[str, str, int], torch.Tensor],
+        reserve_bytes: int,
+        chunk_bytes: int,
+    ) -> None:
+        self._allocate = allocate
+        self._map = ChunkMap(reserve_bytes, chunk_bytes)
+        self._u8: torch.Tensor | None = None
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the first commit allocates."""
+        return self._map.reserved_bytes
+
+    @property
+    def committed_bytes(self) -> int:
+        """Nothing before the first commit, everything after it."""
+        return self._map.backed_bytes
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of a chunk."""
+        return self._map.chunk_bytes
+
+    @property
+    def u8(self) -> torch.Tensor:
+        """uint8 ``[reserved_bytes]``; there is none before the first commit."""
+        if self._u8 is None:
+            raise RuntimeError("a malloc arena has no bytes before its first commit")
+        return self._u8
+
+    def commit(self, lo: int, hi: int, phase: str, allocation: str) -> int:
+        """Allocate the whole arena if that is not done; returns the bytes newly committed.
+
+        Raises
+        ------
+        OutOfMemory
+            The allocator refused it.
+        """
+        if self._u8 is not None or not self._map.missing(lo, hi):
+            return 0
+        self._u8 = self._allocate(phase, allocation, self.reserved_bytes)
+        return self._map.mark([(0, self._map.chunks)], True)
+
+    def decommit(self, lo: int, hi: int) -> int:
+        """Give nothing back: one allocation cannot shrink. Returns 0."""
+        return 0
+
+    def zero(self, lo: int, hi: int) -> None:
+        """Fill committed bytes [lo, hi) with zeros."""
+        self.u8[lo:hi].zero_()
+
+    def close(self) -> None:
+        """Give everything back; a second call does nothing."""
+        self._u8 = None
+        self._map = ChunkMap(0, self.chunk_bytes)
