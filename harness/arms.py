@@ -1,0 +1,59 @@
+"""From a command line to the settings of every arm that it asks for.
+
+An experiment's file names its arms: lists of overrides, or a matrix of them. Each arm is composed
+on its own, the command line's words last, so that a user's word always wins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from harness.compose import compose_config, expand
+from harness.settings import Settings, settings_of
+from harness.sizes import BadValue
+
+MAX_ARMS = 200
+
+
+def settings_of_command(overrides: Sequence[str], multirun: bool) -> list[Settings]:
+    """Every arm's settings, in order, none twice; raises :class:`BadValue`."""
+    found: list[Settings] = []
+    for job in expand(overrides, multirun):
+        for words in arms_of(compose_config(job), job):
+            settings = settings_of(compose_config(words), words)
+            if settings not in found:
+                found.append(settings)
+    results = {s.results for s in found}
+    if len(results) > 1:
+        raise BadValue("results", ", ".join(sorted(results)), "one folder for all jobs")
+    return found
+
+
+def arms_of(config: DictConfig, job: Sequence[str]) -> list[list[str]]:
+    """The override lists of a job: its own, or one for each arm of its experiment."""
+    matrix = OmegaConf.to_container(config.experiment.matrix or OmegaConf.create({}))
+    listed = OmegaConf.to_container(config.experiment.arms or OmegaConf.create([]))
+    if not isinstance(matrix, dict):
+        raise BadValue("experiment.matrix", matrix, "a mapping of keys to lists of values")
+    if not isinstance(listed, list) or not all(isinstance(a, list) for a in listed):
+        raise BadValue("experiment.arms", listed, "a list of lists of overrides")
+    axes = [[f"{key}={_word(v)}" for v in values] for key, values in matrix.items()]
+    arms = [[*point, *map(str, arm)] for arm in listed or [[]]
+            for point in itertools.product(*axes)]
+    if len(arms) > MAX_ARMS:
+        raise BadValue("experiment", config.experiment.name, f"at most {MAX_ARMS} arms")
+    return [_with_user_words(arm, job) for arm in arms]
+
+
+def _word(value: Any) -> str:  # noqa: ANN401
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def _with_user_words(arm: Sequence[str], job: Sequence[str]) -> list[str]:
+    """An arm's words, less those whose key the user set, then the user's."""
+    own = {w.partition("=")[0] for w in job}
+    return [w for w in arm if w.partition("=")[0] not in own] + list(job)

@@ -1,0 +1,92 @@
+"""Closing a bracket [largest ok, smallest not ok] with as few trials as a good guess allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+RELATIVE_WIDTH = 0.001
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """An OOM point; ``not_ok`` is None when nothing up to the end of the sweep failed."""
+
+    ok: int | None
+    not_ok: int | None
+    limited_by: str  # oom | refused | sweep_end
+
+    def closed(self, chunk_tokens: int) -> bool:
+        """Whether it is as narrow as one chunk or 0.1 %, whichever is larger."""
+        if self.ok is None or self.not_ok is None:
+            return True
+        return self.not_ok - self.ok <= resolution(self.ok, chunk_tokens)
+
+
+def resolution(tokens: int, chunk_tokens: int) -> int:
+    """Width at which a bracket counts as closed: one chunk or 0.1 %, whichever is larger."""
+    return max(1, chunk_tokens, int(tokens * RELATIVE_WIDTH))
+
+
+def close_bracket(
+    test: Callable[[int], str],
+    guess_tokens: int,
+    chunk_tokens: int,
+    smallest: int,
+    largest: int,
+) -> Bracket:
+    """Find where ``test`` turns from ``ok`` to something else.
+
+    Opens at the guess and one chunk above it, widens by doubling when the guess was wrong, and
+    bisects what is left.
+
+    Parameters
+    ----------
+    test : callable
+        Runs a trial at a context; returns ``ok``, ``oom`` or ``refused``.
+    guess_tokens : int
+        Where the planner expects the largest ok.
+    smallest, largest : int
+        Bounds of the search; when ``largest`` is ok the bracket ends with ``sweep_end``.
+    """
+    answers: dict[int, str] = {}
+
+    def ask(tokens: int) -> bool:
+        if tokens not in answers:
+            answers[tokens] = test(tokens)
+        return answers[tokens] == "ok"
+
+    low, high = _opened(ask, guess_tokens, chunk_tokens, smallest, largest)
+    while low is not None and high is not None and high - low > resolution(low, chunk_tokens):
+        middle = (low + high) // 2
+        if ask(middle):
+            low = middle
+        else:
+            high = middle
+    return Bracket(low, high, "sweep_end" if high is None else answers[high])
+
+
+def _opened(
+    ask: Callable[[int], bool], guess: int, chunk: int, smallest: int, largest: int
+) -> tuple[int | None, int | None]:
+    """An ok and a not-ok around the guess; None where a bound of the search is reached."""
+    step = max(1, chunk)
+    low = min(max(guess, smallest), largest)
+    high: int | None = None
+    while not ask(low):
+        high = low
+        if low <= smallest:
+            return None, high
+        low = max(smallest, low - step)
+        step *= 2
+    step = max(1, chunk)
+    while high is None:
+        if low >= largest:
+            return low, None
+        above = min(largest, low + step)
+        if ask(above):
+            low = above
+            step *= 2
+        else:
+            high = above
+    return low, high

@@ -1,0 +1,77 @@
+"""The command: ``python -m harness [group=option] [key=value] [-m]``.
+
+Exit 0 when every trial ended in a recorded status, 2 for bad input (one line, nothing written),
+1 for a fault of the harness, 130 after Ctrl-C (the folder stays readable and is resumed by the
+same command).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from harness.folder import FolderError
+from harness.lock import Busy
+from harness.settings import Settings
+from harness.sizes import BadValue
+
+HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version",
+               "--package", "-p", "--resolve", "--shell-completion", "-sc")
+MULTIRUN_FLAGS = ("-m", "--multirun")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(w.split("=")[0] in HYDRA_FLAGS for w in words):
+        return _hydra(words)
+    multirun = any(w in MULTIRUN_FLAGS for w in words)
+    unknown = [w for w in words if w.startswith("-") and w not in MULTIRUN_FLAGS]
+    if unknown:
+        print(f"harness: {unknown[0]}: no such option; see --help", file=sys.stderr)
+        return 2
+    overrides = [w for w in words if w not in MULTIRUN_FLAGS]
+    try:
+        from harness.arms import settings_of_command
+
+        settings = settings_of_command(overrides, multirun)
+        return _run(settings, words)
+    except (BadValue, FolderError, Busy) as error:
+        print(f"harness: {one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nharness: interrupted; the same command resumes this run", file=sys.stderr)
+        return 130
+
+
+def one_line(error: Exception) -> str:
+    """An error as one line of printable text."""
+    return re.sub(r"\s+", " ", str(error)).strip()
+
+
+def _hydra(words: list[str]) -> int:
+    """``--help``, ``--cfg`` and their like are Hydra's own."""
+    import hydra
+
+    from harness.compose import conf_dir
+    from harness.schema import register
+
+    register()
+    sys.argv = ["harness", *words]
+    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(
+        lambda config: None
+    )()
+    return 0
+
+
+def _run(settings: list[Settings], words: list[str]) -> int:
+    from harness.session import run_session
+
+    outcome = run_session(settings, words, Path(settings[0].results))
+    return 0 if outcome else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,40 @@
+"""Deliberate faults inside a trial, so that tests see how the harness takes the real ones.
+
+A fault is part of the configuration: its rows have identities of their own, and say what was done.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+from strategies.device import Device
+
+_HIDDEN: list[object] = []  # keeps the hidden allocation alive, unknown to the ledger
+
+
+def strike(fault: dict[str, Any], phase: str, device: Device | None) -> None:
+    """Do what ``fault`` says when ``phase`` begins."""
+    if fault["kind"] == "none" or fault["phase"] != phase:
+        return
+    kind = fault["kind"]
+    if kind == "segfault":
+        os.kill(os.getpid(), signal.SIGSEGV)
+    elif kind == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif kind == "kill_harness":
+        os.kill(os.getppid(), signal.SIGKILL)
+        time.sleep(3600)
+    elif kind == "hang":
+        time.sleep(3600)
+    elif kind == "exception":
+        raise RuntimeError(f"a deliberate fault in phase {phase}")
+    elif kind == "host_oom":
+        raise MemoryError(f"a deliberate host out-of-memory error in phase {phase}")
+    elif kind == "hidden_allocation":
+        assert device is not None
+        observer, device.observer = device.observer, None
+        _HIDDEN.append(device.allocate(phase, "hidden", int(fault["bytes"]) // device.scale))
+        device.observer = observer

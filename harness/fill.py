@@ -1,0 +1,140 @@
+"""Growing a sequence: room from the strategy, tokens through the append kernel, stalls measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from harness.ledger import Ledger
+from harness.synthetic import Content
+from harness.workspace import BANK_TOKENS
+from strategies.errors import OutOfMemory
+from strategies.model import KVModel
+from strategies.strategy import Strategy
+
+STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
+EVENTS_PER_FILL = 100
+
+
+@dataclass
+class Growth:
+    """What growing cost: events that committed memory, their bytes and stalls."""
+
+    seconds: float = 0.0
+    bytes: int = 0
+    stalls_us: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Filler:
+    """Fills sequences one after another to a target, or until the strategy refuses.
+
+    Parameters
+    ----------
+    contents : sequence of Content, or None
+        None touches pages without writing tokens (bracket trials).
+    """
+
+    strategy: Strategy
+    model: KVModel
+    ledger: Ledger
+    contents: Sequence[Content] | None
+    growth: Growth = field(default_factory=Growth)
+    _pending_bytes: int = 0
+    _pending_seconds: float = 0.0
+
+    def fill(self, sequence: int, target_tokens: int) -> None:
+        """Extend to ``target_tokens`` resident tokens.
+
+        Raises
+        ------
+        OutOfMemory
+            With as many pages resident as fit: a refused step is halved down to one page.
+        """
+        began = time.perf_counter()
+        step = STEP_TOKENS
+        page = min(g.geometry.page_tokens for g in self.model.groups)
+        report_every = max(BANK_TOKENS, target_tokens // EVENTS_PER_FILL)
+        written = reported = self.strategy.resident_tokens(sequence)
+        try:
+            while (at := self.strategy.resident_tokens(sequence)) < target_tokens:
+                want = min(step - at % page, target_tokens - at)
+                try:
+                    self._extend(sequence, want)
+                except OutOfMemory:
+                    if step <= page:
+                        raise
+                    step = max(page, step // 2)
+                    continue
+                at += want
+                if at - written >= BANK_TOKENS or at >= target_tokens:
+                    self._write(sequence, written, at)
+                    written = at
+                if at - reported >= report_every:
+                    self._report()
+                    reported = at
+        finally:
+            if written < self.strategy.resident_tokens(sequence):
+                self._write(sequence, written, self.strategy.resident_tokens(sequence))
+            self._report()
+            self.growth.seconds += time.perf_counter() - began
+
+    def _extend(self, sequence: int, tokens: int) -> None:
+        began = time.perf_counter()
+        committed = self.strategy.extend(sequence, tokens)
+        seconds = time.perf_counter() - began
+        self.ledger.resident_tokens += tokens
+        if committed > 0:
+            self.growth.stalls_us.append(seconds * 1e6)
+            self.growth.bytes += committed
+            self._pending_seconds += seconds
+
+    def _report(self) -> None:
+        """One ledger event for what was committed since the last one."""
+        committed = self.strategy.footprint().committed_bytes
+        held = sum(n for (_, a), n in self.ledger.bytes.items() if a.startswith("kv_"))
+        if committed != held:
+            self.ledger.event("fill", "kv_pages", committed - held, self._pending_seconds)
+            self._pending_seconds = 0.0
+
+    def _write(self, sequence: int, lo: int, hi: int) -> None:
+        if self.contents is None or hi <= lo:
+            return
+        from kernels import ops
+
+        views = self.strategy.batch([sequence])
+        for content, view in zip(self.contents, views, strict=True):
+            # A window's pages may be gone: its tokens are no longer written nor read.
+            first = max(lo, view.starts[0])
+            codes = view.geometry.kv_dtype == "fp8_e4m3" and view.arena.device.type == "cpu"
+            append = ops.append_codes_run if codes else ops.append_run
+            for layer in range(view.geometry.layers):
+                for start, a, b in content.pieces(sequence, layer, first, hi):
+                    append(view, layer, content.k_bank[a:b], content.v_bank[a:b], 0, start)
+
+
+def plant_needles(
+    strategy: Strategy, content: Content, group_index: int, sequence: int, layer: int,
+    positions: Sequence[int],
+) -> None:
+    """Overwrite single tokens through the scattered append."""
+    import torch
+
+    from harness.synthetic import NEEDLE_AMPLITUDE
+    from kernels import ops
+
+    view = strategy.batch([sequence])[group_index]
+    needles = [content.add_needle(sequence, layer, p) for p in positions]
+    heads = view.geometry.kv_heads
+    k = torch.stack([n.signs * NEEDLE_AMPLITUDE for n in needles])
+    v = torch.stack([n.value for n in needles])
+    device = view.arena.device
+    ops.append(
+        view,
+        layer,
+        k[:, None, :].expand(-1, heads, -1).to(device, torch.bfloat16).contiguous(),
+        v[:, None, :].expand(-1, heads, -1).to(device, torch.bfloat16).contiguous(),
+        torch.zeros(len(needles), dtype=torch.int32, device=device),
+        torch.tensor(positions, dtype=torch.int64, device=device),
+    )

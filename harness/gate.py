@@ -1,0 +1,229 @@
+"""The correctness gate: sampled heads at the very length that is timed, against float64.
+
+The reference is computed from the synthetic content, quantised by torch, not from the arena: a
+wrong append, a wrong page or a wrong tile shows. Random queries test the arithmetic, needle queries
+that every planted token is found where it belongs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.fill import plant_needles
+from harness.settings import Settings
+from harness.synthetic import NEEDLE_AMPLITUDE, Content, Needle
+from harness.workspace import BANK_TOKENS, Workspace
+from strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    import torch
+
+    from kernels.view import View
+
+# FP8 P alone costs 2.7e-2 relative RMS; the gate leaves room for Q and a sharp distribution.
+MAX_RELATIVE_RMS = 5e-2
+MAX_LSE_ERROR = 5e-3
+NEEDLES = 6
+PREFILL_SAMPLE_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class GateResult:
+    """Errors of the kernels at the timed length, and the kernels that ran."""
+
+    relative_rms: float
+    lse_error: float
+    decode_variant: str
+    prefill_variant: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether a figure of speed may be reported; NaN never passes."""
+        return self.relative_rms < MAX_RELATIVE_RMS and self.lse_error < MAX_LSE_ERROR
+
+
+class Gate:
+    """Checks decode and prefill of one trial's strategy."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        strategy: Strategy,
+        contents: list[Content],
+        workspace: Workspace,
+    ) -> None:
+        self.settings, self.strategy, self.contents = settings, strategy, contents
+        self.workspace = workspace
+        self._squares = [0.0, 0.0]
+        self._lse = 0.0
+
+    def check(self, sequence: int, tokens: int) -> GateResult:
+        """Compare first and last layer of every group at ``tokens`` resident tokens."""
+        variants = ("", "")
+        for index, content in enumerate(self.contents):
+            layers = content.group.geometry.layers
+            for layer in sorted({0, layers - 1}):
+                self._plant(index, content, sequence, layer, tokens)
+                variants = self._layer(index, content, sequence, layer, tokens)
+        rms = math.sqrt(self._squares[0] / self._squares[1]) if self._squares[1] else math.nan
+        return GateResult(rms, self._lse, *variants)
+
+    def _plant(
+        self, index: int, content: Content, sequence: int, layer: int, tokens: int
+    ) -> None:
+        first = content.group.window_start(tokens)
+        span = tokens - first
+        spots = {first + span * i // NEEDLES for i in range(NEEDLES)} | {tokens - 1}
+        have = content.needles.get((sequence, layer), {})
+        fresh = sorted(p for p in spots if p not in have)
+        if fresh:
+            plant_needles(self.strategy, content, index, sequence, layer, fresh)
+
+    def _layer(
+        self, index: int, content: Content, sequence: int, layer: int, tokens: int
+    ) -> tuple[str, str]:
+        from kernels import ops
+
+        view = self.strategy.batch([sequence])[index]
+        g = view.geometry
+        head = layer % g.kv_heads
+        mine = slice(head * g.group, (head + 1) * g.group)
+        reference = _Reference(content, sequence, layer, head, self._buffers(g.head_dim, g.group))
+        plan = ops.plan_decode(view, self.settings.hardware.sm_count)
+        last = [tokens - 1]
+        needles = content.needles[(sequence, layer)]
+        for q in (self._random_queries(view, 1), self._needle_queries(view, needles)):
+            out, lse = ops.decode(view, layer, q, plan)
+            self._compare(reference, q[0, mine], last * g.group, out[0, mine], lse[0, mine])
+        chunk = min(self.settings.trial.prefill_chunk_tokens, tokens - view.starts[0])
+        q = self._random_queries(view, chunk)
+        prefill = ops.plan_prefill(
+            view, 0, tokens - chunk, chunk, self.settings.hardware.sm_count
+        )
+        out, lse = ops.prefill(view, layer, q, prefill)
+        for t in sorted({0, chunk // 2, chunk - 1})[:PREFILL_SAMPLE_TOKENS]:
+            at = [tokens - chunk + t] * g.group
+            self._compare(reference, q[t, mine], at, out[t, mine], lse[t, mine])
+        return plan.variant, prefill.variant
+
+    def _buffers(self, head_dim: int, group: int) -> dict[str, torch.Tensor]:
+        import torch
+
+        shapes = {"k": (BANK_TOKENS, head_dim), "v": (BANK_TOKENS, head_dim)}
+        shapes |= {"k2": shapes["k"], "v2": shapes["v"], "s": (group, BANK_TOKENS)}
+        if self.settings.on_host:
+            return {n: torch.empty(s, dtype=torch.float64) for n, s in shapes.items()}
+        flat = self.workspace.buffers["gate"].u8.view(torch.float64)
+        out, at = {}, 0
+        for name, shape in shapes.items():
+            out[name] = flat[at : at + math.prod(shape)].view(shape)
+            at += math.prod(shape)
+        return out
+
+    def _random_queries(self, view: View, tokens: int) -> torch.Tensor:
+        import torch
+
+        g = view.geometry
+        generator = torch.Generator().manual_seed(self.settings.seed + tokens)
+        q = torch.randn((tokens, g.q_heads, g.head_dim), generator=generator)
+        return q.to(query_dtype(g.kv_dtype)).to(view.arena.device)
+
+    def _needle_queries(self, view: View, planted: dict[int, Needle]) -> torch.Tensor:
+        import torch
+
+        g = view.geometry
+        signs = [n.signs for p, n in sorted(planted.items()) if p >= view.starts[0]]
+        rows = [signs[-1 - h % len(signs)] * NEEDLE_AMPLITUDE for h in range(g.q_heads)]
+        return torch.stack(rows)[None].to(query_dtype(g.kv_dtype)).to(view.arena.device)
+
+    def _compare(
+        self,
+        reference: _Reference,
+        q: torch.Tensor,
+        positions: list[int],
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        want, want_lse = reference.attention(q.double(), positions)
+        self._squares[0] += (out.double() - want).square().sum().item()
+        self._squares[1] += want.square().sum().item()
+        worst = (lse.double() - want_lse).abs().max().item()
+        self._lse = max(self._lse, worst) if worst == worst else math.nan
+
+
+class _Reference:
+    """Float64 attention over the synthetic content of one layer and KV head, block by block."""
+
+    def __init__(
+        self,
+        content: Content,
+        sequence: int,
+        layer: int,
+        head: int,
+        buffers: dict[str, torch.Tensor],
+    ) -> None:
+        self.content, self.sequence, self.layer = content, sequence, layer
+        self.buffers = buffers
+        for name, bank in (("k", content.k_bank), ("v", content.v_bank)):
+            buffers[name].copy_(stored_values(bank[:, head], content.group.geometry.kv_dtype))
+
+    def attention(
+        self, q: torch.Tensor, positions: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output ``[R, D]`` and base-2 LSE ``[R]`` of rows that see tokens up to ``positions``."""
+        import torch
+
+        last = max(positions)
+        first = self.content.group.window_start(last + 1)
+        scale = q.shape[1] ** -0.5 * math.log2(math.e)
+        upto = torch.tensor(positions, device=q.device)
+        top = torch.full((len(positions),), -math.inf, dtype=torch.float64, device=q.device)
+        total = torch.zeros_like(top)
+        acc = torch.zeros_like(q)
+        for start, a, b in self.content.pieces(self.sequence, self.layer, first, last + 1):
+            k, v = self._block(start, a, b)
+            s = self.buffers["s"].view(-1)[: len(positions) * (b - a)].view(len(positions), -1)
+            torch.mm(q, k.T, out=s)
+            s.mul_(scale)
+            if start + b - a > min(positions):
+                tokens = torch.arange(start, start + b - a, device=q.device)
+                s.masked_fill_(tokens[None] > upto[:, None], -math.inf)
+            new = torch.maximum(top, s.max(1).values)
+            old = torch.exp2(top - new)
+            s.sub_(new[:, None]).exp2_()
+            total = total * old + s.sum(1)
+            acc = acc * old[:, None] + s @ v
+            top = new
+        return acc / total[:, None], top + torch.log2(total)
+
+    def _block(self, start: int, a: int, b: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of bank rows [a, b), with the needles that lie among them."""
+        k, v = self.buffers["k"][a:b], self.buffers["v"][a:b]
+        planted = self.content.needles.get((self.sequence, self.layer), {})
+        inside = [n for p, n in planted.items() if start <= p < start + b - a]
+        if inside:
+            k, v = self.buffers["k2"][: b - a].copy_(k), self.buffers["v2"][: b - a].copy_(v)
+            for n in inside:
+                k[n.position - start] = n.signs.double() * NEEDLE_AMPLITUDE
+                v[n.position - start] = n.value.double()
+        return k, v
+
+
+def query_dtype(kv_dtype: str) -> torch.dtype:
+    """Queries have the K/V's dtype: both operands of a product must."""
+    import torch
+
+    return torch.float8_e4m3fn if kv_dtype == "fp8_e4m3" else torch.bfloat16
+
+
+def stored_values(bank: torch.Tensor, kv_dtype: str) -> torch.Tensor:
+    """What the K/V dtype keeps of a bank (bf16 values, or on the host its FP8 codes)."""
+    import torch
+
+    if bank.dtype == torch.uint8:
+        return bank.contiguous().view(torch.float8_e4m3fn).double()
+    if kv_dtype == "fp8_e4m3":
+        return bank.to(torch.float8_e4m3fn).double()
+    return bank.double()

@@ -1,0 +1,201 @@
+"""Starting a trial's process, waiting for it, and turning whatever became of it into rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness.cell import Cell
+from harness.oom_killer import oom_kills
+from harness.rows import Row, identity
+
+KILL_GRACE_SECONDS = 5.0
+POLL_SECONDS = 0.02
+ERROR_TEXT_CHARS = 500
+
+
+@dataclass
+class Outcome:
+    """What a trial left behind."""
+
+    rows: list[Row]
+    timeline: list[Row]
+    samples: list[Row]
+    log: str = ""
+
+
+@dataclass
+class Job:
+    """Cells that one process runs, and the columns that the run adds to their rows."""
+
+    cells: list[Cell]
+    extra: Row = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What progress shows."""
+        cell = self.cells[-1]
+        return f"{cell.settings.strategy} {cell.context_tokens:,}"
+
+
+def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = None) -> Outcome:
+    """Run one trial in a fresh process and wait for its end, its timeout, or an interrupt.
+
+    Parameters
+    ----------
+    scratch : Path
+        Folder for the spec, the records and the log; emptied by the caller when the rows are safe.
+    on_record : callable, optional
+        Told of each record as it arrives, for progress.
+    """
+    scratch.mkdir(parents=True, exist_ok=True)
+    spec, records, log = (scratch / n for n in ("spec.json", "records.jsonl", "log.txt"))
+    records.write_text("")
+    spec.write_text(
+        json.dumps(
+            {
+                "parent": os.getpid(),
+                "records": str(records),
+                "extra": job.extra,
+                "cells": [c.to_json() for c in job.cells],
+            }
+        )
+    )
+    began = time.monotonic()
+    with open(log, "wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness.worker", str(spec)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            env=_environment(),
+        )
+        timed_out = _wait(process, job, records, on_record, began)
+    return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
+
+
+def _environment() -> dict[str, str]:
+    """The trial's environment: modules are found as they were found here."""
+    paths = [p for p in sys.path if p]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
+
+def _wait(
+    process: subprocess.Popen[bytes],
+    job: Job,
+    records: Path,
+    on_record: Callable[[Row], None] | None,
+    began: float,
+) -> bool:
+    """Follow the records until the process ends; True when it had to be killed for its time."""
+    limit = job.cells[0].settings.trial.timeout_seconds
+    position = 0
+    try:
+        while process.poll() is None:
+            if time.monotonic() - began > limit:
+                _kill(process)
+                return True
+            time.sleep(POLL_SECONDS)
+            position = _follow(records, position, on_record)
+    except BaseException:  # Ctrl-C: the trial goes first, then we
+        _kill(process)
+        raise
+    return False
+
+
+def _follow(records: Path, position: int, on_record: Callable[[Row], None] | None) -> int:
+    if on_record is None or records.stat().st_size == position:
+        return position
+    with open(records, "rb") as source:
+        source.seek(position)
+        for line in source:
+            if not line.endswith(b"\n"):
+                break
+            position += len(line)
+            on_record(json.loads(line))
+    return position
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """End the trial and every process that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    process.wait(KILL_GRACE_SECONDS)
+
+
+def _outcome(
+    job: Job, code: int, timed_out: bool, records: Path, log: Path, seconds: float
+) -> Outcome:
+    found = _read_records(records)
+    text = log.read_bytes()[-20000:].decode(errors="replace")
+    rows = [r["row"] for r in found if r["type"] == "row"]
+    done = {r["trial_id"] for r in rows}
+    missing = [c for c in job.cells if c.trial_id not in done]
+    if missing:
+        ended = _how_it_ended(job, code, timed_out, found, text)
+        last = next((r["row"] for r in reversed(found) if r["type"] == "timeline"), {})
+        rows += [_unfinished(c, job.extra, ended, last, seconds) for c in missing]
+    return Outcome(
+        rows,
+        [r["row"] for r in found if r["type"] == "timeline"],
+        [{k: v for k, v in r.items() if k != "type"} for r in found if r["type"] == "sample"],
+        text,
+    )
+
+
+def _read_records(records: Path) -> list[dict[str, Any]]:
+    """Every whole record; a killed trial may leave half of one."""
+    out = []
+    for line in records.read_bytes().split(b"\n")[:-1]:
+        try:
+            out.append(json.loads(line))
+        except ValueError:
+            continue
+    return out
+
+
+def _how_it_ended(
+    job: Job, code: int, timed_out: bool, found: list[dict[str, Any]], text: str
+) -> Row:
+    """Status and signal of a trial that left no row."""
+    if timed_out:
+        limit = job.cells[0].settings.trial.timeout_seconds
+        return {"status": "timeout", "error": f"killed after {limit:g} s"}
+    errors = [r["error"] for r in found if r["type"] == "error"]
+    said = errors[-1] if errors else text.strip().rpartition("\n")[2]
+    ended: Row = {"status": "crash", "error": said[-ERROR_TEXT_CHARS:]}
+    if code < 0:
+        ended["signal"] = signal.Signals(-code).name
+        if -code == signal.SIGKILL and _killed_for_memory(found):
+            ended["status"] = "oom_host"
+    return ended
+
+
+def _killed_for_memory(found: list[dict[str, Any]]) -> bool:
+    """Whether the kernel's OOM killer struck since the trial began (cgroup v2's own counter)."""
+    before = next((r["oom_kills"] for r in found if r["type"] == "began"), None)
+    now = oom_kills()
+    return before is not None and now is not None and now > before
+
+
+def _unfinished(cell: Cell, extra: Row, ended: Row, last: Row, seconds: float) -> Row:
+    """A row for a cell whose process died: how, and the last that its ledger said."""
+    row = identity(cell, extra) | ended
+    row["wall_seconds"] = round(seconds, 3)
+    row["resident_tokens"] = last.get("resident_tokens")
+    row["peak_ledger_bytes"] = last.get("ledger_bytes")
+    row["peak_device_bytes"] = last.get("device_used_bytes")
+    row["kv_committed_bytes"] = last.get("kv_committed_bytes")
+    row["oom_phase"] = last.get("phase")
+    return row

@@ -1,0 +1,102 @@
+"""The timed part of a trial: first the gate, then decode, then prefill."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from harness.cell import Cell
+from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate
+from harness.ledger import Ledger
+from harness.synthetic import Content
+from harness.timing import Samples, Stopwatch, prefill_flops
+from harness.workspace import Workspace
+from strategies.strategy import Strategy
+
+Note = Callable[[str, dict[str, Any]], None]
+
+
+def measure(
+    cell: Cell,
+    strategy: Strategy,
+    contents: list[Content],
+    workspace: Workspace,
+    ledger: Ledger,
+    note: Note,
+) -> dict[str, Any]:
+    """Columns of speed at the resident length; ``status=invalid`` when the gate fails."""
+    settings = cell.settings
+    sequences = list(range(settings.sequences))
+    tokens = strategy.resident_tokens(sequences[-1])
+    gate = Gate(settings, strategy, contents, workspace).check(sequences[-1], tokens)
+    ledger.note("decode", "gate")
+    row: dict[str, Any] = {
+        "gate_error": gate.relative_rms,
+        "gate_lse_error": gate.lse_error,
+        "kernel_variant": gate.decode_variant,
+        "prefill_kernel_variant": gate.prefill_variant,
+    }
+    if not gate.passed:
+        return row | {
+            "status": "invalid",
+            "error": f"gate: relative RMS {gate.relative_rms:.3g} (allowed {MAX_RELATIVE_RMS}), "
+            f"LSE {gate.lse_error:.3g} (allowed {MAX_LSE_ERROR})",
+        }
+    watch = Stopwatch(settings, strategy, workspace)
+    decode = watch.decode(sequences)
+    note("decode", _raw(decode))
+    row |= _decode_columns(strategy, sequences, decode)
+    ledger.note("decode", "timed")
+    chunk = min(settings.trial.prefill_chunk_tokens, tokens)
+    prefill = watch.prefill(sequences[-1], tokens - chunk, chunk)
+    note("prefill", _raw(prefill) | {"history_tokens": tokens - chunk, "chunk_tokens": chunk})
+    row |= _prefill_columns(strategy, sequences[-1], tokens, chunk, prefill)
+    if cell.histories and tokens > 4 * chunk:
+        model = watch.prefill_model(sequences[-1], tokens, chunk)
+        note("prefill_model", {"histories": model.histories, "chunk_ms": model.chunk_ms})
+        row["prefill_modelled_seconds"] = model.total_seconds
+        row["prefill_model_residual"] = model.relative_residual
+    ledger.note("prefill", "timed")
+    return row
+
+
+def _raw(samples: Samples) -> dict[str, Any]:
+    return {"ms": list(samples.ms), "warmup_ms": samples.warmup_ms}
+
+
+def _decode_columns(
+    strategy: Strategy, sequences: list[int], decode: Samples
+) -> dict[str, Any]:
+    seconds = decode.median_ms / 1e3
+    read = sum(
+        v.geometry.token_bytes * (length - start)
+        for v in strategy.batch(sequences)
+        for length, start in zip(v.lengths_host, v.starts, strict=True)
+    )
+    return {
+        "attention_decode_step_ms": decode.median_ms,
+        "attention_decode_step_ms_iqr": decode.iqr_ms,
+        "attention_decode_tokens_per_second": len(sequences) / seconds,
+        "attention_decode_bytes_per_second": read / seconds,
+        "decode_samples": len(decode.ms),
+    }
+
+
+def _prefill_columns(
+    strategy: Strategy, sequence: int, tokens: int, chunk: int, prefill: Samples
+) -> dict[str, Any]:
+    seconds = prefill.median_ms / 1e3
+    flops = sum(
+        v.geometry.layers
+        * prefill_flops(
+            v.geometry.q_heads, v.geometry.head_dim, tokens - chunk, chunk, v.starts[0]
+        )
+        for v in strategy.batch([sequence])
+    )
+    return {
+        "prefill_chunk_tokens": chunk,
+        "attention_prefill_chunk_ms": prefill.median_ms,
+        "attention_prefill_tokens_per_second": chunk / seconds,
+        "attention_prefill_flops_per_second": flops / seconds,
+        "prefill_samples": len(prefill.ms),
+    }

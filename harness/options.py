@@ -1,0 +1,46 @@
+"""A strategy's configured keys, as its constructor takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from harness.settings import Settings
+from harness.workspace import workspace_bytes
+from kernels.view import DTYPE_BYTES
+from strategies.engine_model import EngineModel
+
+ENGINES = ("sglang", "vllm")
+
+
+def strategy_options(settings: Settings) -> dict[str, Any]:
+    """Keyword arguments for :func:`strategies.registry.build`; sizes in the device's own bytes."""
+    options = dict(settings.options)
+    if settings.strategy in ENGINES:
+        options["engine_model"] = engine_model(settings)
+        return options
+    options["arena_kind"] = settings.trial.arena
+    if "low_water" in options:
+        options["low_water_bytes"] = options.pop("low_water") // settings.scale
+    if settings.strategy == "eager_pages":
+        options["workspace_reserve_bytes"] = -(-workspace_bytes(settings) // settings.scale)
+    return options
+
+
+def engine_model(settings: Settings) -> EngineModel:
+    """The modelled rank as the engines' formulas take it; never scaled."""
+    model, tp = settings.model, settings.parallel.tp
+    return EngineModel(
+        layers=model.layers,
+        kv_heads=model.kv_heads(tp),
+        q_heads=model.q_heads(tp),
+        head_dim=model.head_dim,
+        kv_itemsize=DTYPE_BYTES[model.kv_dtype],
+        weights_bytes=model.weights_bytes,
+        hidden_size=model.hidden,
+        tensor_parallel=tp,
+        window_layers=model.local_layers,
+        window_tokens=model.window_tokens,
+        rotary_dim=model.rotary_dim,
+        max_position_embeddings=max(10_000_000, settings.context_tokens),
+        name=model.name,
+    )

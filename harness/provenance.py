@@ -1,0 +1,145 @@
+"""Where a run's figures come from: what a stranger needs to repeat it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from harness.settings import Settings, to_json
+
+PACKAGES = (
+    "torch triton numpy pandas matplotlib hydra-core omegaconf nvidia-ml-py cuda-bindings"
+).split()
+ENVIRONMENT_PREFIXES = ("CUDA_", "PYTORCH_", "TRITON_", "NCCL_")
+MAX_DIFF_BYTES = 1 << 20
+
+
+def now_utc() -> str:
+    """ISO time, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def config_hash(settings: list[Settings]) -> str:
+    """Hash of every resolved configuration of a run, results folder aside."""
+    content = [{k: v for k, v in to_json(s).items() if k not in ("results", "overrides")}
+               for s in settings]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def manifest(
+    run_id: str, settings: list[Settings], argv: list[str], experiment: str
+) -> dict[str, Any]:
+    """The manifest at a run's start; ``finished_utc`` is empty until its end."""
+    return {
+        "schema": 1,
+        "run_id": run_id,
+        "experiment": experiment,
+        "started_utc": now_utc(),
+        "finished_utc": None,
+        "argv": argv,
+        "command": " ".join(["python", "-m", "harness", *map(shlex.quote, argv)]),
+        "config_hash": config_hash(settings),
+        "git": git_state(),
+        "versions": versions(),
+        "hardware": to_json(settings[0])["hardware"],
+        "gpus": gpus(),
+        "environment": {
+            k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT_PREFIXES)
+        },
+        "seeds": sorted({s.seed for s in settings}),
+        "attempts": [{"started_utc": now_utc(), "pid": os.getpid()}],
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that computes."""
+    out = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in PACKAGES:
+        try:
+            out[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return out
+
+
+def git_state() -> dict[str, Any]:
+    """Commit, dirty flag and diff of the checkout that runs; empty outside one."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != root:
+            return {}
+        commit = git("rev-parse", "HEAD").strip()
+        diff = git("diff", "HEAD", "--", ".", ":!results")
+        dirty = git("status", "--porcelain", "--", ".", ":!results").strip()
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {
+        "commit": commit,
+        "dirty": bool(dirty),
+        "diff_sha": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else "",
+        "diff": diff if 0 < len(diff) <= MAX_DIFF_BYTES else "",
+    }
+
+
+def gpus() -> list[dict[str, Any]]:
+    """Every GPU as NVML sees it now: identity, memory, clocks, throttling, other processes."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no driver: no GPUs
+        return []
+    try:
+        return [_gpu(pynvml, i) for i in range(pynvml.nvmlDeviceGetCount())]
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(nvml: Any, index: int) -> dict[str, Any]:  # noqa: ANN401
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    readings = {
+        "driver": lambda: nvml.nvmlSystemGetDriverVersion(),
+        "name": lambda: nvml.nvmlDeviceGetName(handle),
+        "uuid": lambda: nvml.nvmlDeviceGetUUID(handle),
+        "power_limit_watts": lambda: nvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1e3,
+        "temperature_c": lambda: nvml.nvmlDeviceGetTemperature(handle, 0),
+        "sm_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, 1),
+        "memory_clock_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, 2),
+        "throttle_reasons": lambda: hex(nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)),
+        "ecc": lambda: nvml.nvmlDeviceGetEccMode(handle)[0],
+        "mig": lambda: nvml.nvmlDeviceGetMigMode(handle)[0],
+        "compute_processes": lambda: len(nvml.nvmlDeviceGetComputeRunningProcesses(handle)),
+    }
+    out: dict[str, Any] = {
+        "read_utc": now_utc(),
+        "total_bytes": int(memory.total),
+        "used_bytes": int(memory.used),
+    }
+    for name, read in readings.items():
+        try:
+            value = read()
+        except nvml.NVMLError as error:
+            value = f"not available ({error})"
+        out[name] = value.decode() if isinstance(value, bytes) else value
+    return out
+
+
+def command_line() -> list[str]:
+    """The words after ``python -m harness``."""
+    return sys.argv[1:]

@@ -1,0 +1,61 @@
+"""One row of trials.csv: the columns that a cell's configuration alone decides."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from harness.cell import Cell
+
+Row = dict[str, Any]
+
+
+def identity(cell: Cell, extra: Row) -> Row:
+    """Identity and configuration columns of a cell.
+
+    Parameters
+    ----------
+    extra : dict
+        What only the run knows: ``run_id``, ``experiment``, the prediction's columns.
+    """
+    s = cell.settings
+    model = s.kv_model()
+    options = s.options
+    return {
+        "trial_id": cell.trial_id,
+        "pair_id": cell.pair_id,
+        "strategy": s.strategy,
+        "model": s.model.name,
+        "hardware": s.hardware.option,
+        "device_name": s.hardware.device_name,
+        "scale": s.scale,
+        "workload": s.workload["name"],
+        "repeat": cell.repeat,
+        "seed": s.seed,
+        "rank": 0,
+        "world_size": s.parallel.processes,
+        "emulated_ranks": s.parallel.ranks,
+        "basis": s.basis,
+        "emulated_version": options.get("version"),
+        "context_tokens": cell.context_tokens,
+        "fill": cell.fill,
+        "sequences": s.sequences,
+        "kv_dtype": s.model.kv_dtype,
+        "page_tokens": s.trial.page_tokens,
+        "block_tokens": options.get("block_size") or options.get("page_size"),
+        "chunk_bytes": max(g.chunk_bytes for g in model.groups),
+        "arena": ("mmap" if s.on_host else "mapped") if s.trial.arena == "auto" else s.trial.arena,
+        "layout": "page_major",
+        "table_order": s.trial.table_order,
+        "mem_fraction": options.get("mem_fraction"),
+        "slot_policy": options.get("slot_policy"),
+        "kv_bytes_per_token": model.token_bytes,
+        "capacity_bytes": s.device_bytes,
+        "purpose": cell.purpose,
+        "strategy_options": json.dumps(options, sort_keys=True),
+        "growth": options.get("growth"),
+        "release": options.get("release"),
+        "kv_scales": "static 1.0 per KV head",
+        "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
+    } | extra

@@ -1,0 +1,125 @@
+"""A run: every job of its settings, in an order that pairs strategies, resumable at any point."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from harness import forecast
+from harness.bracket import Bracket, close_bracket
+from harness.cell import Cell
+from harness.folder import RunFolder
+from harness.launch import Job, run_job
+from harness.progress import Progress
+from harness.rows import Row
+from harness.settings import Settings
+from harness.summary import admitted, started
+
+TOP_EXTRA_FILL = 0.1
+
+
+def point_cells(settings: Settings) -> list[list[Cell]]:
+    """The sweep's cells, a list for each process, smallest context first."""
+    jobs = []
+    histories_at = forecast.largest_ok_context(settings)
+    for repeat in range(settings.repeats):
+        for context in settings.contexts:
+            top = context == max(settings.contexts)
+            fills = settings.fills or ((TOP_EXTRA_FILL, 1.0) if top else (1.0,))
+            cells = [
+                Cell(
+                    settings,
+                    context,
+                    fill,
+                    timing=settings.trial.timing and fill > 0,
+                    histories=settings.trial.timing and context == histories_at and fill == 1.0,
+                    repeat=repeat,
+                )
+                for fill in fills
+            ]
+            jobs += [cells] if settings.one_process else [[c] for c in cells]
+    return jobs
+
+
+def interleaved(all_settings: list[Settings]) -> list[list[Cell]]:
+    """Every strategy's jobs, alternating (A B A B) wherever they ask the same question."""
+    queues = [point_cells(s) for s in all_settings]
+    order = [
+        (cells[0].repeat, position, arm, cells)
+        for arm, jobs in enumerate(queues)
+        for position, cells in enumerate(jobs)
+    ]
+    order.sort(key=lambda item: item[:3])
+    return [cells for *_, cells in order]
+
+
+@dataclass
+class Run:
+    """Runs jobs into a folder; rows that are already there are not measured again."""
+
+    folder: RunFolder
+    settings: list[Settings]
+    progress: Progress
+    on_row: Callable[[Row], None] = field(default=lambda row: None)
+
+    def execute(self) -> None:
+        """Points of the sweep first, then the OOM brackets."""
+        jobs = interleaved(self.settings)
+        bracketed = [s for s in self.settings if s.brackets]
+        self.progress.expect(sum(map(len, jobs)) + sum(_bracket_trials(s) for s in bracketed))
+        for cells in jobs:
+            self.rows_of(cells)
+        for settings in bracketed:
+            self._brackets(settings)
+
+    def rows_of(self, cells: list[Cell]) -> list[Row]:
+        """Rows of one process's cells: from the folder, or measured now."""
+        have = {str(r["trial_id"]): r for r in self.folder.rows}
+        missing = [c for c in cells if c.trial_id not in have]
+        if missing:
+            extra = {"experiment": cells[0].settings.experiment}
+            job = Job(missing, extra | forecast.columns(missing[0]))
+            outcome = run_job(job, self.folder.scratch, self.progress.record)
+            outcome.rows = [forecast.with_deviation(r, c) for r, c in _paired(outcome.rows, missing)]
+            for row in self.folder.add(outcome):
+                have[str(row["trial_id"])] = row
+                self.on_row(row)
+        self.progress.advance(len(cells), cells[-1])
+        return [have[c.trial_id] for c in cells]
+
+    def _brackets(self, settings: Settings) -> None:
+        """Start-up, admit and resident, both ends run ``bracket_repeats`` times."""
+        starts = self._bracket(settings, forecast.startup_guess(settings), started)
+        self._bracket(settings, forecast.admit_guess(settings), admitted)
+        if starts.ok is None:
+            return
+        for repeat in range(settings.bracket_repeats):
+            self.rows_of([Cell(settings, starts.ok, purpose="resident", timing=False, repeat=repeat)])
+
+    def _bracket(
+        self, settings: Settings, guess: int, verdict: Callable[[Row], str]
+    ) -> Bracket:
+        group = settings.full_model().groups[0]
+        chunk_tokens = group.pages_per_chunk * group.geometry.page_tokens
+        chunk_tokens *= settings.parallel.context_ranks
+
+        def test(tokens: int, repeat: int = 0) -> str:
+            cell = Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
+            return verdict(self.rows_of([cell])[0])
+
+        closed = close_bracket(test, guess, chunk_tokens, 1, settings.context_tokens)
+        for repeat in range(1, settings.bracket_repeats):
+            for end in (closed.ok, closed.not_ok):
+                if end is not None:
+                    test(end, repeat)
+        return closed
+
+
+def _paired(rows: Iterable[Row], cells: list[Cell]) -> list[tuple[Row, Cell]]:
+    by_id = {c.trial_id: c for c in cells}
+    return [(row, by_id[str(row["trial_id"])]) for row in rows]
+
+
+def _bracket_trials(settings: Settings) -> int:
+    """Trials that closing the brackets takes when the planner is right."""
+    return settings.bracket_repeats * 5

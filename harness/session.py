@@ -1,0 +1,89 @@
+"""One command from its settings to its folder: lock, resume, run, summary, figures, words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness import provenance
+from harness.folder import RunFolder, find_or_create
+from harness.lock import device_lock
+from harness.progress import Progress
+from harness.run import Run
+from harness.settings import Settings
+from harness.summary import summarise
+
+
+def run_session(settings: list[Settings], words: list[str], results: Path) -> bool:
+    """Run everything, write everything, print what a person wants to know.
+
+    Returns
+    -------
+    bool
+        Whether every trial ended in a recorded status that is no fault of the harness.
+    """
+    experiment = settings[0].experiment
+    digest = provenance.config_hash(settings)
+    with device_lock(settings[0].hardware):
+        folder, resumed = find_or_create(results, experiment, digest)
+        _announce(folder, settings, resumed)
+        _begin(folder, settings, words, experiment)
+        _measure(folder, settings)
+        return _finish(folder, settings)
+
+
+def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> None:
+    hardware = settings[0].hardware
+    what = (
+        f"scale model of an {hardware.device_name}, 1:{settings[0].scale}, real bytes on this "
+        "machine; OOM points transfer, speeds do not"
+        if settings[0].on_host
+        else f"{hardware.device_name}, one GPU as one of {settings[0].parallel.ranks} ranks"
+    )
+    print(f"device   {what}")
+    print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))
+
+
+def _begin(
+    folder: RunFolder, settings: list[Settings], words: list[str], experiment: str
+) -> None:
+    manifest = folder.manifest()
+    if manifest:
+        manifest["attempts"] += [{"started_utc": provenance.now_utc()}]
+    else:
+        manifest = provenance.manifest(folder.run_id, settings, words, experiment)
+    folder.write_manifest(manifest)
+    folder.write_text("config.yaml", _config_yaml(settings))
+
+
+def _config_yaml(settings: list[Settings]) -> str:
+    """The resolved settings of every arm."""
+    from omegaconf import OmegaConf
+
+    from harness.settings import to_json
+
+    return OmegaConf.to_yaml(OmegaConf.create({"arms": [to_json(s) for s in settings]}))
+
+
+def _measure(folder: RunFolder, settings: list[Settings]) -> None:
+    progress = Progress()
+    try:
+        Run(folder, settings, progress, on_row=progress.row).execute()
+    finally:
+        progress.close()
+
+
+def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
+    from harness.claims import decide
+    from harness.outcome import draw, tell
+
+    summary: dict[str, Any] = summarise(folder.rows, [])
+    summary["claims"] = decide(folder.rows, settings, summary["strategies"])
+    folder.write_json("summary.json", summary)
+    manifest = folder.manifest()
+    manifest["gpus_after"] = provenance.gpus()
+    manifest["finished_utc"] = provenance.now_utc()
+    figures = draw(folder, summary, manifest)
+    folder.write_manifest(manifest)
+    tell(folder, settings, summary, figures)
+    return all(r["status"] != "crash" or r.get("signal") for r in folder.rows)

@@ -1,0 +1,144 @@
+"""summary.json: the OOM brackets, peaks and decode rates of a run, from its rows alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from harness.rows import Row
+
+SCHEMA = 1
+START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
+# What tells two arms of one strategy apart.
+ARM_KEYS = (
+    "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena table_order "
+    "capacity_bytes emulated_ranks world_size workload"
+).split()
+ENDED = ("ok", "oom", "refused", "invalid")
+
+Bracket = dict[str, Any]
+
+
+def started(row: Row) -> str:
+    """``ok`` when the trial reached ``ready``; else ``oom`` or ``refused``; ``""`` when unknown."""
+    if row["status"] not in ENDED:
+        return ""
+    if row["status"] in ("ok", "invalid") or row["oom_phase"] not in START_PHASES:
+        return "ok"
+    return str(row["status"])
+
+
+def admitted(row: Row) -> str:
+    """``ok`` when a request of the full context was accepted at ``ready``."""
+    start = started(row)
+    if start != "ok" or row.get("admitted") is None:
+        return start if start != "ok" else ""
+    return "ok" if row["admitted"] == "true" else "refused"
+
+
+def arms(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by arm; an arm is named by its strategy and by what tells it from the others."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(k) for k in ARM_KEYS), []).append(row)
+    named: dict[str, list[Row]] = {}
+    for key, own in groups.items():
+        named[_label(key, list(groups))] = own
+    return named
+
+
+def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
+    strategy = key[0]
+    rivals = [k for k in every if k[0] == strategy]
+    parts = [str(strategy)]
+    for i, name in enumerate(ARM_KEYS[1:], start=1):
+        # A model is named as soon as the run has two, so that every arm of it reads alike.
+        field = every if name == "model" else rivals
+        if len({k[i] for k in field}) > 1:
+            parts.append(_named(name, key[i], [k[i] for k in rivals]))
+    return ", ".join(p for p in parts if p)
+
+
+def _named(name: str, value: Any, every: list[Any]) -> str:  # noqa: ANN401
+    if name == "model":
+        return str(value)
+    if name == "strategy_options":
+        return _options_that_differ(value, every)
+    return f"{name.removesuffix('_bytes').removesuffix('_tokens')} {value}"
+
+
+def _options_that_differ(value: str, every: list[str]) -> str:
+    own = json.loads(value or "{}")
+    others = [json.loads(v or "{}") for v in every]
+    differing = [k for k in own if any(o.get(k) != own[k] for o in others)]
+    shown = [f"{k}={own[k]}" for k in sorted(differing) if own[k] is not None]
+    return " ".join(shown) or "defaults"
+
+
+def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
+    """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it."""
+    known = [(t, a) for t, a in answers if a]
+    ok = max((t for t, a in known if a == "ok"), default=None)
+    above = sorted((t, a) for t, a in known if a != "ok" and (ok is None or t > ok))
+    if not known:
+        return {"ok": None, "not_ok": None, "limited_by": ""}
+    if not above:
+        return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
+    return {"ok": ok, "not_ok": above[0][0], "limited_by": above[0][1]}
+
+
+def resident(rows: list[Row], startup: Bracket) -> Bracket:
+    """Tokens that one sequence really held, and where holding more failed.
+
+    A refused fill gives both ends: pages are added one by one until one more is refused. When
+    start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
+    """
+    filled = [r for r in rows if r.get("resident_tokens") is not None and r["sequences"] == 1
+              and started(r) == "ok" and r["purpose"] != "bracket"]
+    if not filled:
+        return {"ok": None, "not_ok": None, "limited_by": ""}
+    ok = max(int(r["resident_tokens"]) for r in filled)
+    refused = [r for r in filled if r["status"] in ("oom", "refused")]
+    if refused:
+        best = max(refused, key=lambda r: int(r["resident_tokens"]))
+        page = int(best["page_tokens"])
+        return {"ok": ok, "not_ok": ok + page, "limited_by": best["status"]}
+    if startup["not_ok"] is not None:
+        return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
+    return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
+
+
+def strategy_summary(rows: list[Row]) -> dict[str, Any]:
+    """One arm's entry in ``strategies``."""
+    whole = [r for r in rows if r.get("engine_version") is None]
+    start = bracket((int(r["context_tokens"]), started(r)) for r in whole)
+    peaks = [int(r["peak_device_bytes"]) for r in whole if r.get("peak_device_bytes") is not None]
+    rates: dict[int, list[float]] = {}
+    for r in whole:
+        if r["status"] == "ok" and r.get("attention_decode_tokens_per_second") is not None:
+            rates.setdefault(int(r["resident_tokens"]), []).append(
+                float(r["attention_decode_tokens_per_second"])
+            )
+    return {
+        "startup": start,
+        "admit": bracket((int(r["context_tokens"]), admitted(r)) for r in whole),
+        "resident": resident(whole, start),
+        "peak_device_bytes": max(peaks, default=None),
+        "decode": [
+            {
+                "resident_tokens": tokens,
+                "attention_decode_tokens_per_second": sorted(own)[len(own) // 2],
+            }
+            for tokens, own in sorted(rates.items())
+        ],
+    }
+
+
+def summarise(rows: list[Row], claims: list[dict[str, Any]]) -> dict[str, Any]:
+    """The whole of summary.json."""
+    return {
+        "schema": SCHEMA,
+        "strategies": {name: strategy_summary(own) for name, own in arms(rows).items()},
+        "claims": claims,
+    }

@@ -1,0 +1,225 @@
+"""One trial: the phases of a rank's life, from the context to the last timed step.
+
+Phases (DESIGN): context, (nccl), weights, tables, pool, workspace = ready; then fill, decode,
+prefill. A trial ends in a status; running out of memory is one of them, not an error.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from harness.cell import Cell
+from harness.devices import open_device
+from harness.faults import strike
+from harness.fill import Filler
+from harness.ledger import Ledger
+from harness.rows import Row, identity
+from harness.settings import Settings
+from harness.workspace import Workspace, allocate_workspace
+from strategies.device import Device
+from strategies.errors import OutOfMemory, Refused
+from strategies.registry import build
+from strategies.strategy import Strategy
+
+Emit = Callable[[dict[str, Any]], None]
+TIMED_STRATEGIES = ("static", "paged", "eager_pages")
+
+
+class Trial:
+    """Runs cells that differ only in their fill, in one process; a row for each.
+
+    Parameters
+    ----------
+    cells : list of Cell
+        In rising order of fill.
+    emit : callable
+        Takes each record (``timeline``, ``sample``, ``row``) as a dictionary.
+    """
+
+    def __init__(self, cells: list[Cell], emit: Emit, identity_extra: dict[str, Any]) -> None:
+        self.cells, self.emit, self.extra = cells, emit, identity_extra
+        self.settings: Settings = cells[0].settings
+        self.ledger = Ledger(self._timeline)
+        self.device: Device | None = None
+        self.strategy: Strategy | None = None
+        self.workspace: Workspace | None = None
+        self.began = time.perf_counter()
+        self.startup_seconds: float | None = None
+        self.admitted: bool | None = None
+        self.cell = cells[0]
+
+    def run(self) -> None:
+        """Emit a row for every cell, whatever happens short of the process's death."""
+        pending = list(self.cells)
+        try:
+            self._start()
+            filler = self._filler()
+            while pending:
+                self.cell = pending[0]
+                self._finish(self._fill_and_time(filler))
+                pending.pop(0)
+        except OutOfMemory as refused:
+            self._end_all(pending, self._oom(refused))
+        except Refused as refused:
+            ended = {
+                "status": "refused",
+                "oom_phase": refused.phase,
+                "oom_allocation": refused.allocation,
+                "oom_source": self.settings.strategy,
+                "oom_requested_bytes": refused.requested_bytes,
+                "oom_free_bytes": refused.free_bytes,
+                "resident_limited_by": "refused",
+                "error": str(refused),
+            }
+            self._end_all(pending, ended)
+        except MemoryError as error:
+            self._end_all(pending, {"status": "oom_host", "error": str(error) or "host memory"})
+
+    def _start(self) -> None:
+        self._phase("context")
+        self.device = open_device(self.settings, self.ledger, self.cells[0].purpose)
+        self._phase("weights")
+        weights = -(-self.settings.model.weights_bytes // self.device.scale)
+        self.weights = self.device.allocate("weights", "weights", weights)
+        self._phase("tables")
+        self.strategy = self._build()
+        self.ledger.strategy = self.strategy
+        self._phase("pool")
+        self.strategy.start()
+        self._phase("workspace")
+        self.workspace = allocate_workspace(self.settings, self.device)
+        self.ledger.note("workspace", "ready")
+        self.startup_seconds = time.perf_counter() - self.began
+        self.admitted = self.strategy.can_admit(self.cell.local_context_tokens)
+
+    def _phase(self, name: str) -> None:
+        strike(self.settings.fault, name, self.device)
+
+    def _build(self) -> Strategy:
+        from harness.options import strategy_options
+
+        assert self.device is not None
+        return build(
+            self.settings.strategy,
+            self.device,
+            self.settings.kv_model(),
+            self.cell.local_context_tokens,
+            self.settings.sequences,
+            **strategy_options(self.settings),
+        )
+
+    @property
+    def _writes(self) -> bool:
+        """Whether tokens are written through the append kernel."""
+        return self.cells[0].purpose == "point" and self.settings.strategy in TIMED_STRATEGIES
+
+    def _filler(self) -> Filler:
+        assert self.strategy is not None and self.workspace is not None
+        contents = None
+        if self._writes and any(c.target_tokens for c in self.cells):
+            from harness.synthetic import make_content
+
+            contents = [
+                make_content(g, self.settings.seed, self.workspace, self.settings.on_host)
+                for g in self.settings.kv_model().groups
+            ]
+        self.contents = contents
+        for sequence in range(self.settings.sequences):
+            if self.cells[0].purpose == "bracket":
+                break
+            self.strategy.open(sequence, self.cell.local_context_tokens)
+        return Filler(self.strategy, self.settings.kv_model(), self.ledger, contents)
+
+    def _fill_and_time(self, filler: Filler) -> dict[str, Any]:
+        """Fill to the cell's target, time it, and say how it ended."""
+        ended: dict[str, Any] = {"status": "ok", "resident_limited_by": "target"}
+        if self.cell.purpose == "bracket":
+            return ended
+        self._phase("fill")
+        for sequence in range(self.settings.sequences):
+            filler.fill(sequence, self.cell.target_tokens)
+        self.filler = filler
+        if self.cell.timing and self._writes and self.cell.target_tokens:
+            from harness.measure import measure
+
+            assert self.strategy is not None and self.workspace is not None
+            assert self.contents is not None
+            self._phase("decode")
+            ended |= measure(
+                self.cell, self.strategy, self.contents, self.workspace, self.ledger, self._sample
+            )
+        return ended
+
+    def _oom(self, refused: OutOfMemory) -> dict[str, Any]:
+        self.ledger.note(refused.phase, f"refused {refused.refused_bytes} bytes")
+        return {
+            "status": "oom",
+            "oom_phase": refused.phase,
+            "oom_allocation": refused.allocation,
+            "oom_source": refused.source,
+            "oom_requested_bytes": refused.requested_bytes,
+            "oom_free_bytes": refused.free_bytes,
+            "resident_limited_by": "oom",
+        }
+
+    def _end_all(self, pending: list[Cell], ended: dict[str, Any]) -> None:
+        for cell in pending:
+            self.cell = cell
+            self._finish(ended)
+
+    def _finish(self, ended: dict[str, Any]) -> None:
+        row: Row = identity(self.cell, self.extra)
+        row |= {
+            "startup_seconds": self.startup_seconds,
+            "admitted": None if self.admitted is None else str(self.admitted).lower(),
+            "resident_tokens": self.ledger.resident_tokens,
+            "wall_seconds": round(time.perf_counter() - self.began, 3),
+        }
+        row |= self._memory_columns()
+        row |= self._growth_columns()
+        row |= ended
+        self.emit({"type": "row", "row": row})
+
+    def _memory_columns(self) -> Row:
+        ledger = self.ledger
+        row: Row = {
+            f"{p}_bytes": ledger.phase_bytes(p)
+            for p in ("context", "nccl", "weights", "tables", "workspace")
+        }
+        row |= {
+            "peak_ledger_bytes": ledger.peak_ledger_bytes,
+            "peak_device_bytes": ledger.peak_device_bytes,
+            "peak_torch_bytes": ledger.peak_torch_bytes or None,
+            "unexplained_bytes": ledger.unexplained_bytes,
+            "unexplained_phase": ledger.unexplained_phase,
+        }
+        if self.strategy is not None:
+            held = self.strategy.footprint()
+            row |= {
+                "kv_reserved_bytes": held.reserved_bytes,
+                "kv_committed_bytes": held.committed_bytes,
+                "kv_live_bytes": held.live_bytes,
+            }
+        return row
+
+    def _growth_columns(self) -> Row:
+        filler = getattr(self, "filler", None)
+        if filler is None:
+            return {}
+        growth, stalls = filler.growth, sorted(filler.growth.stalls_us)
+        row: Row = {"fill_seconds": round(growth.seconds, 4), "grow_events": len(stalls)}
+        if stalls:
+            row |= {
+                "grow_stall_us_p50": stalls[len(stalls) // 2],
+                "grow_stall_us_p99": stalls[min(len(stalls) - 1, len(stalls) * 99 // 100)],
+                "grow_bytes_per_second": growth.bytes / (sum(stalls) / 1e6),
+            }
+        return row
+
+    def _timeline(self, row: dict[str, Any]) -> None:
+        self.emit({"type": "timeline", "row": row | {"trial_id": self.cell.trial_id}})
+
+    def _sample(self, what: str, values: dict[str, Any]) -> None:
+        self.emit({"type": "sample", "trial_id": self.cell.trial_id, "what": what, **values})

@@ -1,0 +1,54 @@
+"""The process of one trial: ``python -m harness.worker SPEC`` (started by the harness).
+
+Reads the cells from SPEC (JSON), runs them, and appends records to the file that SPEC names, one
+JSON object a line, each flushed as it happens: what a killed trial had reached is not lost.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+from harness.cell import cell_from_json
+from harness.oom_killer import oom_kills
+from harness.trial import Trial
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel to kill this process when the harness dies: no orphan measures on."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the call
+        os._exit(1)
+
+
+def main(path: str) -> int:
+    """Run the trial that a spec file describes."""
+    spec = json.loads(Path(path).read_text())
+    die_with_parent(spec["parent"])
+    with open(spec["records"], "a", encoding="utf-8") as out:
+
+        def emit(record: dict[str, Any]) -> None:
+            out.write(json.dumps(record) + "\n")
+            out.flush()
+
+        try:
+            emit({"type": "began", "oom_kills": oom_kills()})
+            cells = [cell_from_json(c) for c in spec["cells"]]
+            Trial(cells, emit, spec["extra"]).run()
+        except Exception as error:  # the harness turns this into a row with status=crash
+            emit({"type": "error", "error": f"{type(error).__name__}: {error}"})
+            traceback.print_exc()
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

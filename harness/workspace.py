@@ -1,0 +1,79 @@
+"""The workspace of a rank: what a prefill chunk and a decode step need beside weights and K/V.
+
+Formulas first, so that the planner and the scale model know the same bytes that a GPU allocates.
+The model's own activations are left out: throughput here is attention only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from harness.settings import Settings
+from kernels.view import Geometry
+from strategies.device import Allocation, Device
+
+if TYPE_CHECKING:
+    import torch
+
+BANK_TOKENS = 16384  # tokens of synthetic K/V that a fill is made of
+MODELLED_PREFILL_CHUNK_TOKENS = 2048  # of the device that the scale model models
+GATE_QUERY_ROWS = 32
+FLOAT64 = 8
+
+
+def workspace_items(settings: Settings) -> list[tuple[str, int]]:
+    """Name and bytes of every buffer of a rank's workspace, on the (modelled) device."""
+    from kernels.config import decode_scratch_bytes
+    from kernels.prefill_plan import prefill_scratch_bytes
+
+    tokens = (
+        MODELLED_PREFILL_CHUNK_TOKENS if settings.on_host else settings.trial.prefill_chunk_tokens
+    )
+    groups = [g.geometry for g in settings.full_model().groups]
+    g, sequences, sms = groups[0], settings.sequences, settings.hardware.sm_count
+    rows = tokens * g.q_heads
+    return [
+        ("synthetic_kv", 2 * BANK_TOKENS * g.kv_heads * g.head_dim * 2),
+        ("prefill_queries", rows * g.head_dim * g.itemsize),
+        ("prefill_outputs", rows * (g.head_dim * 2 + 4)),
+        ("decode_outputs", sequences * g.q_heads * (g.head_dim * (4 + g.itemsize) + 4)),
+        ("decode_partials", max(decode_scratch_bytes(x, sequences, sms) for x in groups)),
+        ("prefill_partials", max(prefill_scratch_bytes(x, tokens, sms) for x in groups)),
+        ("gate", gate_bytes(g)),
+    ]
+
+
+def gate_bytes(geometry: Geometry) -> int:
+    """Float64 K and V of one bank of one head, and the scores of the gate's query rows, thrice."""
+    rows = GATE_QUERY_ROWS * geometry.group
+    return BANK_TOKENS * FLOAT64 * (4 * geometry.head_dim + 3 * rows)
+
+
+def workspace_bytes(settings: Settings) -> int:
+    """All of :func:`workspace_items`, on the (modelled) device."""
+    return sum(n for _, n in workspace_items(settings))
+
+
+@dataclass
+class Workspace:
+    """The allocated buffers, by name."""
+
+    buffers: dict[str, Allocation]
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """The front of a buffer as a tensor of this shape and dtype."""
+        import math
+
+        nbytes = math.prod(shape) * dtype.itemsize
+        return self.buffers[name].u8[:nbytes].view(dtype).view(shape)
+
+
+def allocate_workspace(settings: Settings, device: Device) -> Workspace:
+    """Allocate every buffer; on the scale model, the modelled bytes divided by the scale."""
+    return Workspace(
+        {
+            name: device.allocate("workspace", name, -(-nbytes // device.scale))
+            for name, nbytes in workspace_items(settings)
+        }
+    )
