@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pandas as pd
 
-from harness.runs import frame, trials
+from harness.columns import COLUMNS
+from harness.runs import clean, frame, trials
 
 # What may tell two curves of one strategy apart, in the order in which it is named.
 VARIATIONS = (
@@ -31,8 +33,9 @@ VARIATIONS = (
     "release",
     "world_size",
     "emulated_ranks",
-    "strategy_options",
 )
+KNOWN_LATE = ("kernel_variant", "engine_version")
+OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
 
@@ -84,19 +87,46 @@ def series(
     out: list[Series] = []
     for strategy in sorted(rows["strategy"].unique(), key=rank_of):
         own = rows[rows["strategy"] == strategy]
-        names = [c for c in (*VARIATIONS, *extra) if c not in leave]
-        varied = [c for c in names if own[c].nunique(dropna=False) > 1]
-        groups = own.groupby(varied, sort=True, dropna=False) if varied else [((), own)]
+        split = _configuration(own, extra, leave)
+        varied = [c for c in split if _values(split, str(c)) > 1]
+        groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
         for turn, (values, group) in enumerate(groups):
             parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
             label = ", ".join([str(strategy), *(p for p in parts if p)])
-            out.append(Series(str(strategy), label, group, turn))
+            out.append(Series(str(strategy), label, own.loc[group.index], turn))
     return out
+
+
+def _values(split: pd.DataFrame, column: str) -> int:
+    """Count a column's values; a trial that failed early does not know its kernel's variant."""
+    values = split[column]
+    return int((values[values != ""] if column in KNOWN_LATE else values).nunique(dropna=False))
+
+
+def _configuration(
+    own: pd.DataFrame, extra: tuple[str, ...], leave: tuple[str, ...]
+) -> pd.DataFrame:
+    """Return what may split a strategy's rows: columns, and its options that no column holds."""
+    columns = [c for c in (*VARIATIONS, *extra) if c not in leave]
+    options = pd.DataFrame([options_of(v) for v in own["strategy_options"]], index=own.index)
+    other = [c for c in options if c not in OPTIONS_IN_COLUMNS and c not in (*COLUMNS, *leave)]
+    return pd.concat([own[columns], options[other].astype("string").fillna("")], axis=1)
+
+
+def options_of(text: object) -> dict[str, str]:
+    """Return a strategy's options as the row's JSON gives them; none where it is not JSON."""
+    try:
+        value = json.loads(str(text) or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(value, dict):
+        return {}
+    return {clean(k): "" if v is None else clean(v) for k, v in value.items()}
 
 
 def named(column: str, value: object) -> str:
     """Return a configuration value as a curve's name gives it."""
-    if value == "" or value != value:
+    if pd.isna(value) or value == "":
         return ""
     if column == "fill":
         return f"filled to {100 * float(str(value)):g} %"

@@ -1,0 +1,53 @@
+"""``python -m harness.check RUN…``: what a reviewer runs before believing a run's folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from harness.check_rules import CHECKS, Result
+from harness.runs import Run, RunError, load_run
+from harness.tabular import Table
+
+
+def check_run(run: Run) -> dict[str, Result]:
+    """Apply every check to a run.
+
+    Parameters
+    ----------
+    run : Run
+
+    Returns
+    -------
+    dict of str to Result
+        By the check's name.
+    """
+    return {name: check(run) for name, check in CHECKS.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the checks of each run; 0 when none failed, 1 when one did, 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.check",
+        description="Check run folders: small named checks, each pass, fail or n.a., and why.",
+        epilog="Exit status: 0 no check failed, 1 a check failed, 2 a folder cannot be read.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    options = parser.parse_args(arguments)
+    try:
+        runs = [load_run(folder) for folder in options.runs]
+    except RunError as error:
+        print(f"harness.check: {error}", file=sys.stderr)
+        return 2
+    failures = 0
+    for run in runs:
+        results = check_run(run)
+        failures += sum(r.outcome == "fail" for r in results.values())
+        lines = tuple((n, r.outcome, r.reason) for n, r in results.items())
+        print(Table(str(run.folder), ("check", "result", "reason"), lines).text({"reason": 76}))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,285 @@
+"""The checks that a reviewer runs before believing a run's folder, each small and named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
+from harness.runs import Run, lookup, trials
+from harness.series import is_scale_model
+from harness.sizes import MIB
+from harness.tabular import tokens
+
+REPEATABILITY = 0.02
+PLANNER_TOLERANCE = 0.01
+BRACKET_WIDTH = 0.001
+UNCLEAN = ("oom_host", "invalid", "timeout", "crash")
+MANIFEST_KEYS = [
+    "run_id",
+    "experiment",
+    "started_utc",
+    "finished_utc",
+    "argv",
+    "command",
+    "config_hash",
+    "git",
+    "versions",
+    "hardware",
+    "gpus",
+    "environment",
+    "seeds",
+]
+# NVML's clock event reasons that make timings doubtful: slowdowns by heat or by hardware. A power
+# cap (0x4) is a GPU's normal state under load and is only named.
+SLOWDOWNS = {
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+POWER_CAP = 0x4
+# What makes two trials repeats of one another: everything but these.
+NOT_OF_A_CELL = {"run_id", "trial_id", "pair_id", "repeat", "started_utc", "seed"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a check ended: ``pass``, ``fail`` or ``n.a.``, and why."""
+
+    outcome: str
+    reason: str
+
+
+Check = Callable[[Run], Result]
+
+
+def passed(reason: str) -> Result:
+    """Return a pass."""
+    return Result("pass", reason)
+
+
+def failed(reason: str) -> Result:
+    """Return a failure."""
+    return Result("fail", reason)
+
+
+def not_applicable(reason: str) -> Result:
+    """Return that a check says nothing about this run."""
+    return Result("n.a.", reason)
+
+
+def named(rows: pd.DataFrame, most: int = 3) -> str:
+    """Return the trials of some rows by id, the first few of them."""
+    ids = [i or "(no id)" for i in rows["trial_id"].head(most)]
+    return ", ".join(ids) + (f" and {len(rows) - most} more" if len(rows) > most else "")
+
+
+def schema(run: Run) -> Result:
+    """Check that every column and key is there, and that ids and enumerations are sound."""
+    faults = [n for n in run.notes if "column" in n or "absent" in n or "cut off" in n]
+    missing = [k for k in MANIFEST_KEYS if k not in run.manifest]
+    if run.manifest and missing:
+        faults.append(f"manifest.json lacks {', '.join(missing)}")
+    for column, allowed in (("status", STATUSES), ("basis", BASES)):
+        odd = sorted(set(run.rows[column]) - set(allowed))
+        if odd:
+            faults.append(f"{column} {odd[0]!r} is unknown")
+    ids = run.rows[["trial_id", "rank"]]
+    if (run.rows["trial_id"] == "").any() or ids.duplicated().any():
+        faults.append("a trial has no id of its own")
+    absent = sorted(set(run.rows["strategy"]) - set(lookup(run.summary, "strategies", default={})))
+    if absent and run.summary and not any(_same(absent[0], s) for s in run.summary["strategies"]):
+        faults.append(f"summary.json lacks strategy {absent[0]}")
+    if faults:
+        return failed("; ".join(faults))
+    return passed(f"{len(COLUMNS)} columns, {len(run.rows)} rows, summary and manifest complete")
+
+
+def _same(strategy: str, name: str) -> bool:
+    """Whether a summary's name is a strategy's, a model or an option beside it."""
+    return strategy in name
+
+
+def finished(run: Run) -> Result:
+    """Check that the run came to its end."""
+    if not run.manifest:
+        return not_applicable("no manifest.json")
+    ended = run.manifest.get("finished_utc")
+    return passed(f"at {ended}") if ended else failed("the run was cut off; resume it")
+
+
+def statuses(run: Run) -> Result:
+    """Check that every trial ended in a result: ok, out of memory or refused."""
+    bad = run.rows[run.rows["status"].isin(UNCLEAN)]
+    if not bad.empty:
+        kinds = ", ".join(f"{n} {s}" for s, n in bad["status"].value_counts().items())
+        return failed(f"{kinds}: {named(bad)}")
+    return passed(", ".join(f"{n} {s}" for s, n in run.rows["status"].value_counts().items()))
+
+
+def reconciliation(run: Run) -> Result:
+    """Check that ledger, torch and the device's meter agree in every row that is ok."""
+    rows = run.rows[(run.rows["status"] == "ok") & (run.rows["basis"] != "planned")]
+    if rows.empty:
+        return not_applicable("no measured row that is ok")
+    floor = rows["scale"].gt(1).map({True: MIB, False: 64 * MIB})
+    tolerance = rows["tolerance_bytes"].fillna(
+        pd.concat([floor, rows["chunk_bytes"].fillna(0)], axis=1).max(axis=1)
+    )
+    off = rows["unexplained_bytes"].abs()
+    bad = rows[off.isna() | (off > tolerance)]
+    if not bad.empty:
+        return failed(f"{len(bad)} of {len(rows)} rows beyond tolerance: {named(bad)}")
+    worst = (off / tolerance).max()
+    return passed(f"{len(rows)} rows, at most {100 * worst:.0f} % of the tolerance unexplained")
+
+
+def throttling(run: Run) -> Result:
+    """Check that no GPU was slowed by heat or hardware when its clocks were read."""
+    readings = [
+        g
+        for key in ("gpus", "gpus_before", "gpus_after")
+        for g in (run.manifest.get(key) or [])
+        if isinstance(g, dict) and "throttle_reasons" in g
+    ]
+    if not readings:
+        return not_applicable("no GPU in the manifest")
+    found, capped = set(), False
+    for reading in readings:
+        try:
+            bits = int(str(reading["throttle_reasons"]), 0)
+        except ValueError:
+            return failed(f"throttle reasons unreadable: {reading['throttle_reasons']!r:.60}")
+        found |= {text for bit, text in SLOWDOWNS.items() if bits & bit}
+        capped = capped or bool(bits & POWER_CAP)
+    if found:
+        return failed(", ".join(sorted(found)))
+    note = "; the power cap was reached, as is usual under load" if capped else ""
+    return passed(f"{len(readings)} readings without a slowdown{note}")
+
+
+def repeatability(run: Run) -> Result:
+    """Check that repeats of a cell agree: speeds within 2 %, peak memory within one chunk."""
+    rows = trials(run.rows)
+    rows = rows[rows["status"] == "ok"]
+    keys = [c for c in (*COLUMNS[: COLUMNS.index("status")], "purpose") if c not in NOT_OF_A_CELL]
+    faults, compared, worst = [], 0, 0.0
+    for _, group in rows.groupby(keys, dropna=False):
+        if len(group) < 2:
+            continue
+        compared += 1
+        peaks = group["peak_device_bytes"]
+        if peaks.max() - peaks.min() > max(group["chunk_bytes"].max(), 0):
+            faults.append(f"peak memory differs by more than a chunk: {named(group)}")
+        if is_scale_model(group):
+            continue
+        for column in ("attention_decode_step_ms", "attention_prefill_chunk_ms"):
+            values = group[column].dropna()
+            if len(values) > 1:
+                spread = (values.max() - values.min()) / values.median()
+                worst = max(worst, spread)
+                if spread > REPEATABILITY:
+                    faults.append(f"{column} spreads {100 * spread:.1f} %: {named(group)}")
+    if faults:
+        return failed("; ".join(faults[:3]))
+    if not compared:
+        return not_applicable("no cell ran twice and ok")
+    scaled = " (speeds of a scale model are not judged)" if is_scale_model(rows) else ""
+    return passed(f"{compared} cells ran again, speeds within {100 * worst:.2f} %{scaled}")
+
+
+def brackets(run: Run) -> Result:
+    """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
+    faults, seen = [], 0
+    for name, one in (run.summary.get("strategies") or {}).items():
+        own = trials(run.rows)
+        own = own[[_same(s, name) for s in own["strategy"]]]
+        for point in ("startup", "admit"):
+            ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
+            if not isinstance(ok, (int, float)) or not isinstance(bad, (int, float)):
+                continue
+            seen += 1
+            for end in (ok, bad):
+                times = int((own["context_tokens"] == end).sum())
+                if times < 2:
+                    faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
+            chunk = (own["chunk_bytes"] / own["kv_bytes_per_token"]).max()
+            width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
+            if bad - ok > width:
+                faults.append(f"{name} {point}: {tokens(ok)} to {tokens(bad)} is not closed")
+    if faults:
+        return failed("; ".join(faults[:3]))
+    if not seen:
+        return not_applicable("no bracket with two ends")
+    return passed(f"{seen} brackets closed, both ends ran twice")
+
+
+def tree(run: Run) -> Result:
+    """Check that the code that ran is a commit, without local changes."""
+    dirty: Any = lookup(run.manifest, "git", "dirty")
+    if not isinstance(dirty, bool):
+        return not_applicable("no commit in the manifest")
+    if dirty:
+        return failed("uncommitted changes; the manifest holds their hash")
+    return passed(f"commit {str(lookup(run.manifest, 'git', 'commit', default=''))[:12]}, clean")
+
+
+def speeds(run: Run) -> Result:
+    """Check that only rows that are ok carry a speed."""
+    columns = sorted(PERFORMANCE)
+    bad = run.rows[(run.rows["status"] != "ok") & run.rows[columns].notna().any(axis=1)]
+    if not bad.empty:
+        return failed(f"{len(bad)} rows that are not ok carry a speed: {named(bad)}")
+    return passed("none in a row that is not ok")
+
+
+def gate(run: Run) -> Result:
+    """Check that every timed row passed the correctness gate before it was timed."""
+    timed = run.rows[
+        run.rows[["attention_decode_step_ms", "attention_prefill_chunk_ms"]].notna().any(axis=1)
+    ]
+    if timed.empty:
+        return not_applicable("no timed row")
+    bad = timed[timed["gate_error"].isna()]
+    if not bad.empty:
+        return failed(f"{len(bad)} timed rows without a gate: {named(bad)}")
+    return passed(f"{len(timed)} timed rows, largest gate error {timed['gate_error'].max():.3g}")
+
+
+def planner(run: Run) -> Result:
+    """Check the planner: peaks within 1 % or the item that is off named, and the same end."""
+    rows = trials(run.rows)
+    rows = rows[(rows["purpose"] != "bracket") & (rows["basis"] != "planned")]
+    both = rows[(rows["status"] == "ok") & rows["predicted_peak_bytes"].gt(0)]
+    off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs()
+    bad = both[(off > PLANNER_TOLERANCE) & (both["predicted_off_by"] == "")]
+    wrong = rows[(rows["predicted_status"] != "") & (rows["predicted_status"] != rows["status"])]
+    wrong = wrong[wrong["predicted_off_by"] == ""]
+    if not bad.empty:
+        return failed(f"peak off by more than 1 %, no item named: {named(bad)}")
+    if not wrong.empty:
+        return failed(f"another end than predicted: {named(wrong)}")
+    if both.empty:
+        return not_applicable("no prediction beside a measurement")
+    beyond = int((off > PLANNER_TOLERANCE).sum())
+    note = f", {beyond} beyond 1 % with the item named" if beyond else ""
+    return passed(f"{len(both)} peaks, largest difference {100 * off.max():.2f} %{note}")
+
+
+CHECKS: dict[str, Check] = {
+    "schema": schema,
+    "finished": finished,
+    "statuses": statuses,
+    "reconciliation": reconciliation,
+    "throttling": throttling,
+    "repeatability": repeatability,
+    "brackets": brackets,
+    "tree": tree,
+    "speeds": speeds,
+    "gate": gate,
+    "planner": planner,
+}
