@@ -38,7 +38,7 @@ class EngineModel:
     weights_bytes : int
         Of the rank, without the rotary table.
     hidden_size, intermediate_size : int
-        ``intermediate_size`` of the rank; 0 when unknown (then four hidden sizes).
+        ``intermediate_size`` of the rank; 0 when unknown (then four hidden sizes over the ranks).
     tensor_parallel : int
         Ranks of the engine; enters SGLang's default memory fraction.
     window_layers, window_tokens : int
@@ -107,7 +107,7 @@ class EngineModel:
         With 16,384 tokens and the shape of one rank that was started (hidden 1024, intermediate
         13,312) this is 1.28 GiB; vLLM 0.23.0 kept 1.59 GiB there, its own libraries included.
         """
-        intermediate = self.intermediate_size or 4 * self.hidden_size
+        intermediate = self.intermediate_size or 4 * self.hidden_size // self.tensor_parallel
         return 2 * (3 * intermediate + 2 * self.hidden_size)
 
     def rope_bytes(self, context_tokens: int, itemsize: int) -> int:
