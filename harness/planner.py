@@ -69,7 +69,7 @@ def oom_points(spec: PlanSpec) -> OomPoints:
 
 
 def largest_context_that_starts(spec: PlanSpec, limit_tokens: int = 0) -> tuple[int, int | None]:
-    """The largest context up to ``limit_tokens`` that starts, and the first that does not.
+    """Find the largest context up to ``limit_tokens`` that starts, and the first that does not.
 
     The two are neighbours unless start-up is not monotone; 0 when nothing starts, and ``None``
     when everything does.

@@ -10,10 +10,12 @@ from harness.planner_walk import Ended, Walk
 from strategies.engine_model import EngineModel, EnginePlan, Item
 from strategies.sglang_flags import SGLangFlags
 from strategies.sglang_policy import sglang_plan
+from strategies.sizing import most_tokens
 from strategies.vllm_flags import VLLMFlags
 from strategies.vllm_policy import vllm_plan
 
 ENGINES = ("sglang", "vllm")
+SLOT_NAMES = {"sglang": "kv_slots", "vllm": "kv_blocks"}
 
 
 def engine_flags(strategy: str, options: dict[str, Any]) -> SGLangFlags | VLLMFlags:
@@ -70,7 +72,8 @@ def predict_engine(spec: PlanSpec) -> Prediction:
         if plan.refusal is not None:
             _refuse(walk, plan, spec.scale)
         walk.after_strategy()
-        admits = spec.context_tokens <= plan.max_request_tokens <= plan.pool_tokens
+        admits = spec.context_tokens <= plan.max_request_tokens
+        admits = admits and plan.slots_for(spec.context_tokens) <= plan.slots
         _fill(spec, walk, plan, model)
     except Ended:
         pass
@@ -103,19 +106,20 @@ def _refuse(walk: Walk, plan: EnginePlan, scale: int) -> None:
 
 def _fill(spec: PlanSpec, walk: Walk, plan: EnginePlan, model: EngineModel) -> None:
     """Fill by index accounting: the pool is there already."""
-    slot, target = plan.slot_tokens, spec.target_tokens
-    limit = min(plan.max_request_tokens, plan.pool_tokens)
-    pool_slots = plan.pool_tokens // slot
-    each = -(-target // slot)
-    if target <= limit and each * spec.sequences <= pool_slots:
-        walk.resident_tokens = target * spec.sequences
-        return
-    if target > limit:
-        walk.resident_tokens = limit
-    else:
-        full = pool_slots // each
-        walk.resident_tokens = full * target + (pool_slots - full * each) * slot
+    target, sequences = spec.target_tokens, spec.sequences
     token = max(1, model.token_bytes // spec.scale)
-    item = PlanItem("fill", "kv_slots" if plan.engine == "sglang" else "kv_blocks", 0)
+    if sequences > plan.request_limit:
+        item = PlanItem("fill", "requests", 0)
+        walk.refuse(item, sequences, plan.request_limit, f"{plan.request_limit} requests at most")
+    each = plan.slots_for(target)
+    if target <= plan.max_request_tokens and each * sequences <= plan.slots:
+        walk.resident_tokens = target * sequences
+        return
+    one = min(target, plan.max_request_tokens)
+    full = min(sequences, plan.slots // max(1, plan.slots_for(one))) if one == target else 0
+    left = plan.slots - full * each
+    last = most_tokens(left, plan.slots_for, one)
+    walk.resident_tokens = full * target + last
+    item = PlanItem("fill", SLOT_NAMES[plan.engine], 0)
     text = f"{plan.engine}: no free K/V slot after {walk.resident_tokens} tokens"
-    walk.refuse(item, target * spec.sequences * token, plan.pool_tokens * token, text)
+    walk.refuse(item, target * sequences * token, plan.pool_tokens * token, text)

@@ -169,8 +169,11 @@ class EnginePlan:
         Up to the refusal, when there is one.
     pool_tokens : int
         Tokens that the pool can hold for requests.
-    slot_tokens : int
-        Tokens of one slot or block: the granularity of assignment.
+    slot_tokens, slots : int
+        Tokens of one slot or block (the granularity of assignment), and how many can be assigned:
+        vLLM keeps one block back.
+    full_groups, window_groups, window_slots, window_extra_slots : int
+        How many slots a sequence takes (:meth:`slots_for`).
     request_limit : int
         Requests that run at once.
     max_request_tokens : int
@@ -186,10 +189,21 @@ class EnginePlan:
     slot_tokens: int
     request_limit: int
     max_request_tokens: int
+    slots: int = 0
+    full_groups: int = 1
+    window_groups: int = 0
+    window_slots: int = 0
+    window_extra_slots: int = 0
     window_pool_tokens: int = 0
     refusal: Refusal | None = None
     settings: dict[str, float | int | str | bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def slots_for(self, tokens: int) -> int:
+        """Count the slots that a sequence of ``tokens`` tokens holds, over all groups."""
+        full = -(-tokens // self.slot_tokens)
+        window = min(full, self.window_slots) + self.window_extra_slots
+        return self.full_groups * full + self.window_groups * window
 
     def named(self, name: str) -> Item | None:
         """Find an item."""
@@ -206,6 +220,16 @@ def tensor(
         nbytes *= extent
     text = f"{dtype} [{', '.join(map(str, shape))}]"
     return Item(phase, name, ((1, nbytes),), source, location, text)
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether a flag is unset, or a whole number from ``least`` on."""
+    return value is None or (type(value) is int and value >= least)
+
+
+def is_share(value: object) -> bool:
+    """Whether a flag is unset, or a number above 0 and at most 1."""
+    return value is None or (type(value) in (int, float) and 0 < value <= 1)  # type: ignore[operator]
 
 
 def check_flag(engine: str, key: str, value: object, allowed: str, good: bool) -> None:

@@ -7,7 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strategies.engine_model import EngineModel, check_flag, nvml_total_mib
+from strategies.engine_model import (
+    EngineModel,
+    check_flag,
+    is_count,
+    is_share,
+    nvml_total_mib,
+)
 from strategies.sglang_tables import VERSIONS, at_least, piecewise_sizes
 
 BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
@@ -41,14 +47,17 @@ class SGLangFlags:
 
         check("version", ", ".join(VERSIONS), self.version in VERSIONS)
         for key in ("mem_fraction_static", "swa_full_tokens_ratio", "hybrid_kvcache_ratio"):
-            value = getattr(self, key)
-            check(key, "a number above 0, at most 1", value is None or 0 < value <= 1)
+            check(key, "a number above 0, at most 1", is_share(getattr(self, key)))
         for key in ("max_running_requests", "max_total_tokens", "cuda_graph_max_bs"):
-            value = getattr(self, key)
-            check(key, "a whole number from 1 on", value is None or value >= 1)
+            check(key, "a whole number from 1 on", is_count(getattr(self, key)))
         chunk = self.chunked_prefill_size
-        check("chunked_prefill_size", "-1 or at least 1", chunk is None or chunk == -1 or chunk > 0)
-        check("page_size", "a whole number from 1 to 4096", 1 <= self.page_size <= 4096)
+        check(
+            "chunked_prefill_size",
+            "-1, or a whole number from 1 on",
+            chunk == -1 or is_count(chunk),
+        )
+        page = self.page_size
+        check("page_size", "a whole number from 1 to 4096", is_count(page) and 1 <= page <= 4096)
         backend = self.attention_backend
         check("attention_backend", ", ".join(BACKENDS), backend is None or backend in BACKENDS)
 

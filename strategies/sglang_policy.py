@@ -217,7 +217,8 @@ def sglang_plan(
     values["max_running_requests"] = limit
     return EnginePlan(
         "sglang", flags.version, tuple(items), pools.full, flags.page_size, limit,
-        min(context_tokens, pools.full), pools.window, settings=values, notes=notes,
+        min(context_tokens, pools.full), slots=pools.full // flags.page_size,
+        window_pool_tokens=pools.window, settings=values, notes=notes,
     )  # fmt: skip
 
 

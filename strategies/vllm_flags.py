@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strategies.engine_model import GIB, EngineModel, check_flag
+from strategies.engine_model import GIB, EngineModel, check_flag, is_count, is_share
 from strategies.vllm_tables import VERSIONS, at_least, uses_v2_runner
 
 AUTO = "auto"
@@ -40,19 +40,19 @@ class VLLMFlags:
             check_flag("vllm", key, getattr(self, key), allowed, good)
 
         check("version", ", ".join(VERSIONS), self.version in VERSIONS)
-        value = self.gpu_memory_utilization
-        check("gpu_memory_utilization", "above 0, at most 1", value is None or 0 < value <= 1)
+        share = is_share(self.gpu_memory_utilization)
+        check("gpu_memory_utilization", "a number above 0, at most 1", share)
         for key in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            number = getattr(self, key)
-            check(key, "a whole number from 1 on", number is None or number >= 1)
-        check("block_size", "1 to 4096", 1 <= self.block_size <= 4096)
+            check(key, "a whole number from 1 on", is_count(getattr(self, key)))
+        block = self.block_size
+        check("block_size", "a whole number from 1 to 4096", is_count(block) and 1 <= block <= 4096)
         length = self.max_model_len
-        good = length is None or length == AUTO or (isinstance(length, int) and length >= 1)
-        check("max_model_len", "tokens, or auto", good)
+        check("max_model_len", "a number of tokens, or auto", length == AUTO or is_count(length))
         backend = self.attention_backend
         check("attention_backend", ", ".join(BACKENDS), backend is None or backend in BACKENDS)
         check("usage", "server, llm", self.usage in ("server", "llm"))
-        check("decode_context_parallel_size", "from 1 on", self.decode_context_parallel_size >= 1)
+        ranks = self.decode_context_parallel_size
+        check("decode_context_parallel_size", "a whole number from 1 on", is_count(ranks))
 
 
 @dataclass(frozen=True)

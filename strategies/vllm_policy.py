@@ -68,17 +68,20 @@ def needed_blocks(
 
     ``max_memory_usage_bytes`` in ``v1/kv_cache_interface.py:226-234,426-447,488-519@0.23.0``.
     """
-    block = flags.block_size
     local = -(-tokens // flags.decode_context_parallel_size)
-    full = -(-local // block)
-    window = 0
-    if groups.window:
-        batched = settings.max_num_batched_tokens
-        if model.window_kind == "chunked":
-            window = -(-min(model.window_tokens + batched, tokens) // block)
-        else:
-            window = -(-min(model.window_tokens - 1 + batched, tokens) // block) + 1
+    full = -(-local // flags.block_size)
+    most, extra = _window_blocks(model, flags, settings)
+    window = min(-(-tokens // flags.block_size), most) + extra
     return groups.full * full + groups.window * window
+
+
+def _window_blocks(model: EngineModel, flags: VLLMFlags, settings: VLLMSettings) -> tuple[int, int]:
+    """Blocks behind a window at most, and one more where a window may begin inside a block."""
+    if model.window_kind == "chunked":
+        held, extra = model.window_tokens + settings.max_num_batched_tokens, 0
+    else:
+        held, extra = model.window_tokens - 1 + settings.max_num_batched_tokens, 1
+    return -(-held // flags.block_size), extra
 
 
 def block_bytes(model: EngineModel, flags: VLLMFlags, groups: Groups) -> int:
@@ -175,12 +178,14 @@ def vllm_plan(
     items += backend_tables(flags, settings, tokens, groups.count)
     values["max_model_len"] = tokens
     held = largest_fit(model, flags, settings, groups, blocks, blocks * flags.block_size)
+    window, extra = _window_blocks(model, flags, settings)
     notes: tuple[str, ...] = ()
     if model.state_bytes_per_request:
         notes = ("recurrent state shares vLLM's blocks and is not counted here",)
     return EnginePlan(
         "vllm", flags.version, tuple(items), held, flags.block_size, settings.max_num_seqs,
-        tokens, settings=values, notes=notes,
+        tokens, slots=max(0, blocks - 1), full_groups=groups.full, window_groups=groups.window,
+        window_slots=window, window_extra_slots=extra, settings=values, notes=notes,
     )  # fmt: skip
 
 
