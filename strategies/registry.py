@@ -18,6 +18,8 @@ _CONSTRUCTORS: dict[str, tuple[str, str]] = {
     "static": ("strategies.static", "Static"),
     "paged": ("strategies.paged", "Paged"),
     "eager_pages": ("strategies.eager_pages", "EagerPages"),
+    "sglang": ("strategies.sglang", "SGLang"),
+    "vllm": ("strategies.vllm", "VLLM"),
 }
 _REQUIRED = ("device", "model", "context_tokens", "sequences")
 
