@@ -10,6 +10,8 @@ def runs(indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """Contiguous runs [lo, hi) of an ascending index array."""
     if not len(indices):
         return []
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return [(int(indices[0]), int(indices[-1]) + 1)]
     cuts = np.flatnonzero(np.diff(indices) != 1)
     starts = np.concatenate(([0], cuts + 1))
     ends = np.concatenate((cuts, [len(indices) - 1]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from strategies import sizing
 from strategies.device import Device
 from strategies.errors import Refused
-from strategies.growing import GrowingStrategy
+from strategies.growing import GrowingStrategy, check_budget
 from strategies.model import KVModel
 
 
@@ -40,12 +40,9 @@ class EagerPages(GrowingStrategy):
         page_policy: str = "lowest",
     ) -> None:
         super().__init__(device, model, context_tokens, sequences, arena_kind, page_policy)
-        if not 0 < mem_fraction <= 1:
-            raise ValueError(f"mem_fraction={mem_fraction}: must be above 0 and at most 1")
-        if workspace_reserve_bytes < 0:
-            raise ValueError(
-                f"workspace_reserve_bytes={workspace_reserve_bytes}: must be at least 0"
-            )
+        check_budget(mem_fraction, workspace_reserve_bytes)
+        if step_tokens is not None and step_tokens < 1:
+            raise ValueError(f"step_tokens={step_tokens}: must be at least 1")
         self.mem_fraction = mem_fraction
         self.workspace_reserve_bytes = workspace_reserve_bytes
         self.step_tokens = step_tokens

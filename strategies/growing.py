@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from strategies.arena_pool import GroupPool
 from strategies.errors import OutOfMemory
 from strategies.pages import Grant, Pages
 from strategies.pooled import PooledStrategy
+
+
+def check_budget(mem_fraction: float, workspace_reserve_bytes: int) -> None:
+    """Raise ``ValueError`` unless the keys of a memory budget make sense."""
+    if not 0 < mem_fraction <= 1:
+        raise ValueError(f"mem_fraction={mem_fraction}: must be above 0 and at most 1")
+    if workspace_reserve_bytes < 0:
+        raise ValueError(f"workspace_reserve_bytes={workspace_reserve_bytes}: must be at least 0")
 
 
 class GrowingStrategy(PooledStrategy):
@@ -29,9 +36,9 @@ class GrowingStrategy(PooledStrategy):
             state = self._check_extend(sequence, tokens, self._state(sequence).max_tokens)
             goal = state.tokens + tokens
             dead = [pool.behind_window(sequence, state.tokens) for pool in self.pools]
-            lacking = [pool.lacking(sequence, goal) for pool in self.pools]
+            lacking = [max(0, pool.lacking(sequence, goal)) for pool in self.pools]
             committed = 0
-            if any(more > 0 for more in lacking) or self._can_drop(sequence, dead):
+            if any(lacking) or self._can_drop(sequence, dead):
                 committed = self._exchange(sequence, dead, lacking)
             self._grow(state, tokens)
             return committed
@@ -72,33 +79,51 @@ class GrowingStrategy(PooledStrategy):
         self._released()
 
     def _allocate(self, sequence: int, lacking: list[int]) -> list[Grant]:
-        """Pages of every group; on a refusal, none, and the whole request in the error."""
-        free = self.device.free_bytes()
+        """Pages of every group, or of none.
+
+        When a commit is refused, what the policy keeps in reserve is given up and committed pages
+        are used first, so that no request fails that fits.
+        """
+        try:
+            return self._allocate_groups(lacking, None)
+        except OutOfMemory as refusal:
+            if refusal.source == "pool":
+                raise self._whole(refusal, sequence, refusal.free_bytes, lacking) from refusal
+        self._relieve(lacking)
+        free = self._free_bytes()
+        try:
+            return self._allocate_groups(lacking, "committed")
+        except OutOfMemory as refusal:
+            raise self._whole(refusal, sequence, free, lacking) from refusal
+
+    def _allocate_groups(self, lacking: list[int], policy: str | None) -> list[Grant]:
         grants: list[Grant] = []
         try:
-            for pool, more in zip(self.pools, lacking, strict=True):
-                grants.append(self._allocate_group(pool, more))
-        except BaseException as failure:
+            for pool, pages in zip(self.pools, lacking, strict=True):
+                grants.append(pool.allocator.allocate(pages, "fill", "kv_pages", policy))
+        except BaseException:
             for pool, grant in zip(self.pools, grants, strict=False):
                 pool.allocator.undo(grant)
-            if isinstance(failure, OutOfMemory):
-                raise self._whole(failure, sequence, lacking, free) from failure
             raise
         return grants
 
-    def _allocate_group(self, pool: GroupPool, pages: int) -> Grant:
-        return pool.allocator.allocate(max(0, pages), "fill", "kv_pages")
+    def _free_bytes(self) -> int:
+        """Bytes that growth can still have."""
+        return self.device.free_bytes()
+
+    def _relieve(self, lacking: list[int]) -> None:
+        """Give back what is kept in reserve and not lacking. Nothing unless overridden."""
 
     def _whole(
-        self, refusal: OutOfMemory, sequence: int, lacking: list[int], free_bytes: int
+        self, refusal: OutOfMemory, sequence: int, free_bytes: int, lacking: list[int]
     ) -> OutOfMemory:
         """Tell the refusal of one commit as that of the whole extension."""
         if refusal.source == "pool":
-            requested, free_bytes = refusal.requested_bytes, refusal.free_bytes
+            requested = refusal.requested_bytes
         else:
             requested = sum(
-                pool.allocator.missing_bytes(max(0, more))
-                for pool, more in zip(self.pools, lacking, strict=True)
+                pool.allocator.missing_bytes(pages)
+                for pool, pages in zip(self.pools, lacking, strict=True)
             )
         return OutOfMemory(
             "fill",

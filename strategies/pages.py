@@ -8,7 +8,7 @@ n pages is a handful of numpy calls.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,19 +42,22 @@ class PageAllocator:
     group : LayerGroup
     page_policy : str
         ``lowest``: the lowest free page, whether its chunk is committed or not (which drains high
-        chunks); ``committed``: the lowest free page of committed chunks first. Either way no
-        request fails that fits: when a commit is refused, committed pages are used first.
+        chunks); ``committed``: the lowest free page of committed chunks first, which commits the
+        least.
     """
 
     def __init__(self, arena: Arena, group: LayerGroup, page_policy: str = "lowest") -> None:
         if page_policy not in PAGE_POLICIES:
             raise ValueError(f"page_policy={page_policy}: allowed are {', '.join(PAGE_POLICIES)}")
         self.arena, self.group, self.page_policy = arena, group, page_policy
+        # Asked before each commit with (phase, allocation, bytes); may raise ``OutOfMemory``.
+        self.guard: Callable[[str, str, int], None] | None = None
         self.page_bytes = group.geometry.page_bytes
         self.pages_per_chunk = group.pages_per_chunk
         self.chunks = arena.reserved_bytes // group.chunk_bytes
         self.total_pages = self.chunks * self.pages_per_chunk
         self._free = np.ones((self.chunks, self.pages_per_chunk), bool)
+        self._free_flat = self._free.reshape(-1)
         self._dirty = np.zeros(self.total_pages, bool)
         self._chunk_free = np.full(self.chunks, self.pages_per_chunk, np.int64)
         self._committed = np.zeros(self.chunks, bool)
@@ -84,8 +87,13 @@ class PageAllocator:
         self._set_committed([(0, self.chunks)])
         return nbytes
 
-    def allocate(self, pages: int, phase: str, allocation: str) -> Grant:
+    def allocate(self, pages: int, phase: str, allocation: str, policy: str | None = None) -> Grant:
         """Hand out ``pages`` pages and commit the chunks they need; all or nothing.
+
+        Parameters
+        ----------
+        policy : str, optional
+            Instead of the allocator's own ``page_policy``.
 
         Raises
         ------
@@ -94,12 +102,7 @@ class PageAllocator:
         """
         if pages > self.free_pages:
             return self._overflow(pages, phase, allocation)
-        try:
-            return self._grant(self._choose(pages, self.page_policy), phase, allocation)
-        except OutOfMemory:
-            if self.page_policy == "committed" or not self.free_committed_pages:
-                raise
-            return self._grant(self._choose(pages, "committed"), phase, allocation)
+        return self._grant(self._choose(pages, policy or self.page_policy), phase, allocation)
 
     def take(self, lo: int, hi: int) -> Grant:
         """Hand out exactly pages [lo, hi), which must be free and committed."""
@@ -137,17 +140,20 @@ class PageAllocator:
         Zeroed are reused pages and, unless the arena promises zeros, fresh ones.
         """
         used = grant.pages[self._dirty[grant.pages]]
+        if not len(used):
+            return
         for lo, hi in runs(np.sort(used)):
             self.arena.zero(lo * self.page_bytes, hi * self.page_bytes)
         self._dirty[used] = False
 
     def trim(self, keep_chunks: int = 0) -> int:
         """Give back empty chunks, the highest first, but for ``keep_chunks``; returns the bytes."""
-        if self.empty_chunks <= keep_chunks:
+        spare = self.empty_chunks - keep_chunks
+        if spare <= 0:
             return 0
         empty = np.flatnonzero(self._committed & (self._chunk_free == self.pages_per_chunk))
         empty = np.setdiff1d(empty, self._lent, assume_unique=True)
-        return sum(self._decommit(run) for run in runs(empty[keep_chunks:]))
+        return sum(self._decommit(run) for run in runs(empty[-spare:]))
 
     def prepare_chunk(self, phase: str, allocation: str) -> int:
         """Commit the lowest chunk that is not; returns its bytes, 0 when all are committed."""
@@ -181,6 +187,9 @@ class PageAllocator:
 
     def _lowest(self, pages: int, committed_only: bool) -> Pages:
         """Find the lowest free pages in a growing range of chunks."""
+        if pages == 1 and not committed_only:
+            first = int(self._free[self._first].argmax())
+            return np.array([self._first * self.pages_per_chunk + first])
         span = pages // self.pages_per_chunk + 64
         while True:
             counts = self._chunk_free[self._first : self._first + span]
@@ -199,7 +208,7 @@ class PageAllocator:
         return found
 
     def _grant(self, pages: Pages, phase: str, allocation: str) -> Grant:
-        chunks = np.unique(pages // self.pages_per_chunk)
+        chunks, _ = self._chunks_of(pages)
         wanted = runs(chunks[~self._committed[chunks]])
         nbytes = self._commit(wanted, phase, allocation)
         self._mark_taken(pages)
@@ -220,6 +229,8 @@ class PageAllocator:
 
     def _commit_run(self, lo: int, hi: int, phase: str, allocation: str) -> int:
         chunk_bytes = self.group.chunk_bytes
+        if self.guard is not None:
+            self.guard(phase, allocation, (hi - lo) * chunk_bytes)
         nbytes = self.arena.commit(lo * chunk_bytes, hi * chunk_bytes, phase, allocation)
         if nbytes > (hi - lo) * chunk_bytes:  # a malloc arena backs all of itself at once
             self._set_committed([(0, self.chunks)])
@@ -248,10 +259,10 @@ class PageAllocator:
     def _mark_taken(self, pages: Pages) -> Grant:
         if not len(pages):
             return Grant(pages)
-        if not self._free.reshape(-1)[pages].all():
+        if not self._free_flat[pages].all():
             raise ValueError("a page that is handed out already was to be handed out again")
-        self._free.reshape(-1)[pages] = False
-        chunks, counts = np.unique(pages // self.pages_per_chunk, return_counts=True)
+        self._free_flat[pages] = False
+        chunks, counts = self._chunks_of(pages)
         self.empty_chunks -= self._count_empty(chunks)
         self._chunk_free[chunks] -= counts
         self.free_pages -= len(pages)
@@ -262,20 +273,32 @@ class PageAllocator:
     def _mark_free(self, pages: Pages) -> None:
         if not len(pages):
             return
-        if self._free.reshape(-1)[pages].any():
+        if self._free_flat[pages].any():
             raise ValueError("a page that is free already was to be released")
-        self._free.reshape(-1)[pages] = True
-        chunks, counts = np.unique(pages // self.pages_per_chunk, return_counts=True)
+        self._free_flat[pages] = True
+        chunks, counts = self._chunks_of(pages)
         self._chunk_free[chunks] += counts
         self.empty_chunks += self._count_empty(chunks)
         self.free_pages += len(pages)
         self.free_committed_pages += len(pages)
         self._first = min(self._first, int(chunks[0]))
 
+    def _chunks_of(self, pages: Pages) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Find the (ascending) chunks of pages, and how many pages lie in each."""
+        chunks = pages // self.pages_per_chunk
+        if len(pages) == 1:
+            return chunks, np.ones(1, np.int64)
+        lowest = int(chunks.min()) if len(chunks) else 0
+        counts = np.bincount(chunks - lowest)
+        touched = np.flatnonzero(counts)
+        return touched + lowest, counts[touched]
+
     def _count_empty(self, chunks: npt.NDArray[np.int64]) -> int:
         return int((self._chunk_free[chunks] == self.pages_per_chunk).sum())
 
     def _next_free_chunk(self) -> int:
+        if self._first < self.chunks and self._chunk_free[self._first]:
+            return self._first
         for lo, hi in self._spans():
             found = np.flatnonzero(self._chunk_free[lo:hi])
             if len(found):

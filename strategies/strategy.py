@@ -57,11 +57,14 @@ class Strategy(ABC):
 
     @abstractmethod
     def batch(self, sequences: Sequence[int]) -> list[View]:
-        """What the kernels read, a view per layer group."""
+        """Show the kernels what to read, a view per layer group."""
 
     @abstractmethod
     def footprint(self) -> Footprint:
         """Reserved, committed, live and table bytes now."""
+
+    def settle(self) -> None:  # noqa: B027  (most strategies have nothing to wait for)
+        """Wait for growth that goes on in the background, before a graph is captured, say."""
 
     @abstractmethod
     def stop(self) -> None:
