@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from harness import tables
-from harness.plots import FIGURES_FOLDER, TITLES
-from harness.runs import clean, frame, lookup, write_file
+from harness.plots import FIGURES_FOLDER, TITLES, draw_run
+from harness.runs import Run, RunError, clean, frame, load_run, lookup, write_file
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, markdown_text
+
+SCALE_NOTE = "Scale model on a host: OOM points transfer to the modelled device, speeds do not."
 
 
 def write_report_md(
@@ -36,9 +41,10 @@ def write_report_md(
     """
     del timeline
     rows = frame(rows)
-    lines = [f"# {markdown_text(title(folder, manifest))}", "", *_answer(rows, summary)]
+    lines = [f"# {markdown_text(title(folder, manifest))}", ""]
+    lines += [f"* {markdown_text(line)}" for line in answer(rows, summary)]
     found = report_tables(rows, summary)
-    lines += _sections(found[:-1]) + _figures(folder) + _sections(found[-1:])
+    lines += _sections(found[:-2]) + _figures(folder) + _sections(found[-2:])
     lines += ["", "## Provenance", "", *provenance_lines(manifest)]
     lines += ["", "Every figure is drawn from `trials.csv` (a row a trial) and `timeline.csv`."]
     return write_file(Path(folder) / "report.md", "\n".join(lines) + "\n")
@@ -65,8 +71,8 @@ def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     return [t for t in found if t.rows]
 
 
-def _answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
-    """Say in a sentence a strategy what happened at the largest context."""
+def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
+    """Return a sentence a strategy on where it starts and what it holds, and how trials ended."""
     out = []
     for name, one in tables.strategies(summary):
         startup, resident = lookup(one, "startup", "ok"), lookup(one, "resident", "ok")
@@ -78,21 +84,17 @@ def _answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         if isinstance(resident, (int, float)):
             said.append(f"holds {tables.count(resident)} tokens")
         if said:
-            out.append(f"* **{markdown_text(name)}** {'; '.join(said)}.")
+            out.append(f"{name} {'; '.join(said)}.")
     if is_scale_model(rows):
-        out += [
-            "",
-            "Scale model on a host: OOM points transfer to the modelled device, speeds do not.",
-        ]
+        out.append(SCALE_NOTE)
     status = rows["status"].value_counts()
-    out += ["", "Trials: " + ", ".join(f"{n} {s}" for s, n in sorted(status.items())) + "."]
-    return out
+    return [*out, "Trials: " + ", ".join(f"{n} {s}" for s, n in sorted(status.items())) + "."]
 
 
 def _figures(folder: Path) -> list[str]:
     lines: list[str] = []
-    for path in sorted((Path(folder) / FIGURES_FOLDER).glob("*.png"), key=figure_order):
-        name = TITLES.get(path.stem, path.stem.replace("_", " "))
+    for path in figure_files(folder):
+        name = TITLES[path.stem]
         svg = f"{FIGURES_FOLDER}/{path.stem}.svg"
         lines += [
             "",
@@ -104,10 +106,11 @@ def _figures(folder: Path) -> list[str]:
     return lines
 
 
-def figure_order(path: Path) -> tuple[int, str]:
-    """Return a sorting key that puts figures in the order of :data:`harness.plots.TITLES`."""
+def figure_files(folder: Path) -> list[Path]:
+    """Return a run's own figures (not those of comparisons), in the order of ``TITLES``."""
     names = list(TITLES)
-    return (names.index(path.stem) if path.stem in names else len(names), path.stem)
+    found = (Path(folder) / FIGURES_FOLDER).glob("*.png")
+    return sorted((p for p in found if p.stem in names), key=lambda p: names.index(p.stem))
 
 
 def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
@@ -134,3 +137,54 @@ def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 def provenance_lines(manifest: dict[str, Any]) -> list[str]:
     """Return the provenance as a Markdown list."""
     return [f"* {k}: {markdown_text(v)}" for k, v in provenance(manifest)] or ["No manifest."]
+
+
+def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
+    """Write report.md, report.html, LaTeX and BibTeX of the runs into the first one's folder.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+    redraw : bool
+        Draw the figures anew, else take those that lie in ``figures/``.
+
+    Returns
+    -------
+    list of Path
+    """
+    from harness.report_html import html_report
+    from harness.report_latex import write_latex
+
+    for run in runs if redraw else ():
+        draw_run(run.folder, run.rows, run.timeline, run.summary)
+    first = runs[0]
+    page = write_report_md(first.folder, first.rows, first.timeline, first.summary, first.manifest)
+    return [
+        page,
+        write_file(first.folder / "report.html", html_report(runs)),
+        *write_latex(first.folder, runs),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report of the given runs; 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.report",
+        description="Write report.md, report.html (self-contained), *.tex (booktabs tables, a "
+        "macro for each headline number) and a BibTeX entry into the first run's folder.",
+        epilog="Exit status: 0, or 2 for bad input.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--keep-figures", action="store_true", help="do not draw figures anew")
+    options = parser.parse_args(arguments)
+    try:
+        paths = write_report([load_run(r) for r in options.runs], not options.keep_figures)
+    except RunError as error:
+        print(f"harness.report: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -134,6 +134,7 @@ def named(column: str, value: object) -> str:
         value = f"{value:g}"
     if column in (
         "model",
+        "strategy",
         "strategy_options",
         "kv_dtype",
         "growth",

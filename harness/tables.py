@@ -240,7 +240,9 @@ def planner(rows: pd.DataFrame) -> Table:
         "largest difference in",
     )
     note = ("Bytes of the modelled device.",) if is_scale_model(frame(rows)) else ()
-    table = Table("Planner beside measurement", columns, tuple(lines), note, tuple(anchors))
+    first = dict(reversed(list(zip(lines, anchors, strict=True))))
+    kept = tuple(dict.fromkeys(lines))
+    table = Table("Planner beside measurement", columns, kept, note, tuple(first[k] for k in kept))
     return without_empty(table, keep=columns[:6])
 
 

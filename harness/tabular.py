@@ -43,6 +43,8 @@ class Table:
         Sentences that a reader needs to read the table right.
     anchors : tuple of str
         For each row the trial that it comes from (``""``: none): a link in HTML.
+    row_ids : tuple of str
+        For each row the trial that such links lead to (``""``: none).
     """
 
     title: str
@@ -50,6 +52,7 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     anchors: tuple[str, ...] = field(default=())
+    row_ids: tuple[str, ...] = field(default=())
 
     @property
     def headings(self) -> list[str]:
@@ -87,10 +90,11 @@ class Table:
         lines = [f"| {' | '.join(row)} |" for row in (body[0], rule, *body[1:])]
         return "\n".join([*lines, *(f"\n{markdown_text(n)}" for n in self.notes)])
 
-    def html(self, *, sortable: bool = True) -> str:
-        """Return a ``<table>``; rows link to the trial that they come from."""
+    def html(self, prefix: str = "") -> str:
+        """Return a ``<table>``; rows link to their trial's anchor, ``{prefix}trial-{id}``."""
         heads = "".join(
-            f"<th{_right(c)}>{html.escape(c.removeprefix('>'))}</th>" for c in self.columns
+            f"<th{_right(c)}><button>{html.escape(c.removeprefix('>'))}</button></th>"
+            for c in self.columns
         )
         rows = []
         for n, row in enumerate(self.rows):
@@ -100,14 +104,15 @@ class Table:
                 for c, v in zip(self.columns, row, strict=True)
             ]
             if anchor and row:
-                link = f'<a href="#trial-{html.escape(anchor)}">{html.escape(row[0])}</a>'
+                link = f'<a href="#{prefix}trial-{html.escape(anchor)}">{html.escape(row[0])}</a>'
                 cells[0] = f"<td>{link}</td>"
-            rows.append(f"<tr>{''.join(cells)}</tr>")
+            name = self.row_ids[n] if n < len(self.row_ids) else ""
+            own = f' id="{prefix}trial-{html.escape(name)}"' if name else ""
+            rows.append(f"<tr{own}>{''.join(cells)}</tr>")
         notes = "".join(f"<p class=note>{html.escape(n)}</p>" for n in self.notes)
-        kind = " class=sortable" if sortable else ""
         body = "\n".join(rows)
         return (
-            f"<div class=scroll><table{kind}><thead><tr>{heads}</tr></thead>\n"
+            f"<div class=scroll><table class=sortable><thead><tr>{heads}</tr></thead>\n"
             f"<tbody>{body}</tbody></table></div>{notes}"
         )
 

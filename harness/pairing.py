@@ -1,0 +1,219 @@
+"""Pairs of trials that asked the same question, and what their ratios say.
+
+The ratio of a cell is the geometric mean of B / A over its pairs of processes; its interval comes
+from a bootstrap over the pairs of their log-ratios (percentiles 2.5 and 97.5, seeded).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from harness.columns import COLUMNS
+from harness.runs import trials
+from harness.series import VARIATIONS, named, scale
+from harness.tabular import percent, tokens
+
+GATE = 0.02
+RESAMPLES = 10_000
+FEWEST_PAIRS = 3
+METRICS = {
+    "attention_decode_tokens_per_second": "decode tokens/s, attention only",
+    "attention_prefill_tokens_per_second": "prefill tokens/s, attention only",
+    "startup_seconds": "start-up seconds",
+    "fill_seconds": "fill seconds",
+    "peak_device_bytes": "peak device bytes",
+    "kv_committed_bytes": "committed KV bytes",
+}
+# Nearly deterministic: one pair tells.
+MEMORY = ("peak_device_bytes", "kv_committed_bytes")
+_CELL = ("model", "strategy", *VARIATIONS)
+_IGNORED = ("run_id", "trial_id", "pair_id", "repeat", "seed", "experiment")
+CONFIGURATION = tuple(
+    c
+    for c in (*COLUMNS[: COLUMNS.index("status")], "purpose", "strategy_options", "growth")
+    if c not in _IGNORED
+)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Trials of A beside those of B.
+
+    Parameters
+    ----------
+    both : pandas.DataFrame
+        A row a pair; A's columns end in ``_a``, B's in ``_b``.
+    changed : dict of str to (str, str)
+        Configuration columns in which the two share no value, and their values.
+    only_a, only_b : int
+        Trials without a partner.
+    """
+
+    both: pd.DataFrame
+    changed: dict[str, tuple[str, str]]
+    only_a: int
+    only_b: int
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """B ÷ A of one metric in one cell: geometric mean, its interval, and what follows."""
+
+    metric: str
+    cell: str
+    pairs: int
+    ratio: float
+    low: float
+    high: float
+    verdict: str
+    median_a: float
+    median_b: float
+    trials_a: str
+    trials_b: str
+
+
+def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
+    """Pair the trials of two sets of rows.
+
+    By ``pair_id`` where they share any, else by every configuration column in which they share a
+    value, and ``repeat``. A column in which they share none is what is compared.
+    """
+    a, b = trials(a), trials(b)
+    changed = {c: (_values(a[c]), _values(b[c])) for c in CONFIGURATION if _disjoint(a[c], b[c])}
+    shared = (set(a["pair_id"]) & set(b["pair_id"])) - {""}
+    keys = ["pair_id", "strategy", "strategy_options"] if shared else [*CONFIGURATION, "repeat"]
+    keys = [c for c in keys if c not in changed]
+    for rows in (a, b):
+        rows["_turn"] = rows.groupby(keys, dropna=False).cumcount() if keys else range(len(rows))
+    joined = a.assign(**{f"_{c}": a[c] for c in keys}).merge(
+        b,
+        left_on=[*keys, "_turn"],
+        right_on=[*keys, "_turn"],
+        how="outer",
+        suffixes=("_a", "_b"),
+        indicator="_side",
+    )
+    for name in keys:
+        joined[f"{name}_a"] = joined[f"{name}_b"] = joined[name]
+    side = joined["_side"]
+    return Pairs(
+        joined[side == "both"].reset_index(drop=True),
+        changed,
+        int((side == "left_only").sum()),
+        int((side == "right_only").sum()),
+    )
+
+
+def ratios(pairs: Pairs, seed: int = 0) -> list[Ratio]:
+    """Compare every metric in every cell, and over all cells.
+
+    Parameters
+    ----------
+    pairs : Pairs
+    seed : int
+        Of the bootstrap.
+
+    Returns
+    -------
+    list of Ratio
+        For each metric that both measured: its cells, then ``all cells`` when there are several.
+    """
+    both = pairs.both
+    ok = both[(both["status_a"] == "ok") & (both["status_b"] == "ok")]
+    ok = ok[~ok["purpose_a"].isin(["bracket"])].sort_values(
+        ["model_a", "strategy_a", "context_tokens_a", "fill_a"], kind="stable"
+    )
+    for metric in MEMORY:
+        for side in ("a", "b"):
+            ok[f"{metric}_{side}"] *= scale(ok.rename(columns={f"scale_{side}": "scale"}))
+    out = []
+    for metric in METRICS:
+        have = ok[ok[f"{metric}_a"].gt(0) & ok[f"{metric}_b"].gt(0)]
+        if have.empty:
+            continue
+        cells = have.groupby(cell_names(have), sort=False)
+        out += [_ratio(metric, str(name), group, seed) for name, group in cells]
+        if cells.ngroups > 1:
+            out.append(_ratio(metric, "all cells", have, seed))
+    return out
+
+
+def cell_names(both: pd.DataFrame) -> pd.Series:
+    """Name each pair's cell by the configuration that varies over the pairs."""
+    varied = [c for c in _CELL if both[f"{c}_a"].nunique(dropna=False) > 1]
+
+    def name(row: pd.Series) -> str:
+        parts = [named(c, row[f"{c}_a"]) for c in varied]
+        fill = "" if row["fill_a"] == 1 else f"{percent(row['fill_a'])} filled"
+        parts += [tokens(row["context_tokens_a"]), fill]
+        return ", ".join(p for p in parts if p)
+
+    return both.apply(name, axis=1)
+
+
+def bootstrap(log_ratios: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean log-ratio over resampled pairs.
+
+    Parameters
+    ----------
+    log_ratios : numpy.ndarray
+        ``[pairs]``, ln(B / A) of each pair of processes.
+    seed : int
+    """
+    generator = np.random.default_rng(seed)
+    drawn = generator.integers(0, len(log_ratios), (RESAMPLES, len(log_ratios)))
+    low, high = np.percentile(log_ratios[drawn].mean(axis=1), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def verdict(low: float, high: float, pairs: int, fewest: int = FEWEST_PAIRS) -> str:
+    """Say what an interval of B / A means at the 2 % gate."""
+    if pairs < fewest:
+        return f"undecided: {pairs} pair{'s' * (pairs > 1)}, {fewest} needed"
+    if low > 1 + GATE:
+        return "B higher"
+    if high < 1 / (1 + GATE):
+        return "B lower"
+    if low >= 1 / (1 + GATE) and high <= 1 + GATE:
+        return "same within 2 %"
+    return "undecided: the interval crosses 2 %"
+
+
+def _ratio(metric: str, cell: str, group: pd.DataFrame, seed: int) -> Ratio:
+    first, second = group[f"{metric}_a"], group[f"{metric}_b"]
+    logs = np.log(second.to_numpy() / first.to_numpy())
+    low, high = bootstrap(logs, seed)
+    fewest = 1 if metric in MEMORY else FEWEST_PAIRS
+    low, high = math.exp(low), math.exp(high)
+    return Ratio(
+        metric,
+        cell,
+        len(group),
+        math.exp(float(logs.mean())),
+        low,
+        high,
+        verdict(low, high, len(group), fewest),
+        float(first.median()),
+        float(second.median()),
+        " ".join(group["trial_id_a"]),
+        " ".join(group["trial_id_b"]),
+    )
+
+
+def _key(values: pd.Series) -> pd.Series:
+    return values.map(lambda v: "" if pd.isna(v) else v)
+
+
+def _disjoint(a: pd.Series, b: pd.Series) -> bool:
+    return not set(_key(a)) & set(_key(b))
+
+
+def _values(column: pd.Series, most: int = 4) -> str:
+    shown = [
+        f"{v:g}" if isinstance(v, float) else str(v) or "(empty)" for v in _key(column).unique()
+    ]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

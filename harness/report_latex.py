@@ -1,0 +1,134 @@
+"""A run's tables, headline numbers and citation for a paper."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from harness import tables
+from harness.report import title
+from harness.runs import Run, clean, lookup, write_file
+from harness.series import scale
+from harness.tabular import EMPTY, Table, figure_of, gib, latex_text, tokens
+
+_DIGITS = dict(
+    zip(
+        "0123456789",
+        ("Zero", "One", "Two", "Three", "Four", "Five", "Six", "Seven", "Eight", "Nine"),
+        strict=True,
+    )
+)
+POINTS = {"startup": "Startup", "admit": "Admit", "resident": "Resident"}
+
+
+def write_latex(folder: Path, runs: Sequence[Run]) -> list[Path]:
+    """Write ``tables.tex``, ``numbers.tex`` and ``run.bib`` into a folder.
+
+    Parameters
+    ----------
+    folder : Path
+    runs : sequence of Run
+
+    Returns
+    -------
+    list of Path
+    """
+    pages = [t.latex(f"{letters(run.run_id)}-{n}") for run in runs for n, t in _tables(run)]
+    macros = [line for run in runs for line in macro_lines(run, len(runs) > 1)]
+    return [
+        write_file(folder / "tables.tex", "\n".join(pages)),
+        write_file(folder / "numbers.tex", "\n".join(macros) + "\n"),
+        write_file(folder / "run.bib", "\n".join(bibtex(run) for run in runs)),
+    ]
+
+
+def _tables(run: Run) -> Iterator[tuple[str, Table]]:
+    found = {
+        "oom": tables.oom_points(run.summary),
+        "claims": tables.verdicts(run.summary),
+        "trials": tables.sweep(run.rows),
+        "planner": tables.planner(run.rows),
+    }
+    for name, table in found.items():
+        if table.rows:
+            yield name, table
+
+
+def macro_lines(run: Run, several: bool = False) -> list[str]:
+    r"""Return a ``\newcommand`` for each headline number, with the row that it comes from.
+
+    Names are letters only: ``\kvPagedResidentOk``; the run's id goes in when there are several.
+    """
+    prefix = "kv" + (letters(run.run_id) if several else "")
+    lines = [f"% {clean(title(run.folder, run.manifest))}"]
+    lines += [
+        rf"\newcommand{{\{prefix}{name}}}{{{latex_text(value)}}} % {clean(source)}"
+        for name, value, source in headline(run)
+        if value != EMPTY
+    ]
+    return lines
+
+
+def headline(run: Run) -> Iterator[tuple[str, str, str]]:
+    """Yield each headline number: its name in letters, its value, where it stands."""
+    factor = float(scale(run.rows).max())
+    for name, one in tables.strategies(run.summary):
+        own = letters(name)
+        for key, word in POINTS.items():
+            for end, suffix in (("ok", "Ok"), ("not_ok", "NotOk")):
+                source = f"summary.json strategies.{name}.{key}.{end}"
+                yield f"{own}{word}{suffix}", tables.count(lookup(one, key, end)), source
+        peak = lookup(one, "peak_device_bytes")
+        if isinstance(peak, (int, float)):
+            source = f"summary.json strategies.{name}.peak_device_bytes x {factor:g}"
+            yield f"{own}Peak", gib(peak * factor), source
+        for entry in lookup(one, "decode", default=[]) or []:
+            at, rate = (
+                lookup(entry, "resident_tokens"),
+                lookup(entry, "attention_decode_tokens_per_second"),
+            )
+            if isinstance(at, (int, float)):
+                source = f"summary.json strategies.{name}.decode at {at:.0f}"
+                yield f"{own}DecodeAt{letters(tokens(at))}", figure_of(rate), source
+    for claim in lookup(run.summary, "claims", default=[]) or []:
+        name = f"Claim{letters(clean(lookup(claim, 'id', default='')))}"
+        source = " ".join(map(clean, lookup(claim, "trials", default=[]) or [])) or "summary.json"
+        for key, word in (
+            ("verdict", "Verdict"),
+            ("measured", "Measured"),
+            ("reported", "Reported"),
+        ):
+            yield f"{name}{word}", tables.value(lookup(claim, key)), source
+    yield "Trials", str(run.rows["trial_id"].nunique()), "trials.csv"
+    yield (
+        "Commit",
+        clean(lookup(run.manifest, "git", "commit", default=""))[:12] or EMPTY,
+        "manifest",
+    )
+
+
+def letters(text: str) -> str:
+    """Return text as CamelCase letters, digits spelled: ``eager_pages`` is ``EagerPages``."""
+    spelled = re.sub(r"[0-9]", lambda m: f" {_DIGITS[m[0]]} ", text)
+    return "".join(word[0].upper() + word[1:] for word in re.findall(r"[A-Za-z]+", spelled))
+
+
+def bibtex(run: Run) -> str:
+    """Return the BibTeX entry of a run: its id, commit and date."""
+    date = clean(lookup(run.manifest, "started_utc", default=""))
+    year = date[:4] if re.fullmatch(r"\d{4}", date[:4]) else "n.d."
+    commit = clean(lookup(run.manifest, "git", "commit", default="")) or "unknown"
+    command = clean(lookup(run.manifest, "command", default=""))
+    key = re.sub(r"[^A-Za-z0-9-]+", "-", run.run_id)
+    dirty = ", with uncommitted changes" if lookup(run.manifest, "git", "dirty") is True else ""
+    fields = {
+        "title": f"{{kv-alloc-bench}} run {latex_text(title(run.folder, run.manifest))}",
+        "author": "{The kv-alloc-bench contributors}",
+        "year": year,
+        "date": date[:10],
+        "version": f"commit {latex_text(commit)}{dirty}",
+        "note": rf"Command: \texttt{{{latex_text(command)}}}",
+    }
+    body = ",\n".join(f"  {k} = {{{v}}}" for k, v in fields.items() if v)
+    return f"@misc{{kv-alloc-bench-{key},\n{body}\n}}\n"
