@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
-from harness.runs import Run, lookup, trials
+from harness.runs import Run, dicts, lookup, trials
 from harness.series import is_scale_model
 from harness.sizes import MIB
 from harness.tabular import tokens
@@ -143,8 +143,8 @@ def throttling(run: Run) -> Result:
     readings = [
         g
         for key in ("gpus", "gpus_before", "gpus_after")
-        for g in (run.manifest.get(key) or [])
-        if isinstance(g, dict) and "throttle_reasons" in g
+        for g in dicts(run.manifest, key)
+        if "throttle_reasons" in g
     ]
     if not readings:
         return not_applicable("no GPU in the manifest")
@@ -239,9 +239,8 @@ def speeds(run: Run) -> Result:
 
 def gate(run: Run) -> Result:
     """Check that every timed row passed the correctness gate before it was timed."""
-    timed = run.rows[
-        run.rows[["attention_decode_step_ms", "attention_prefill_chunk_ms"]].notna().any(axis=1)
-    ]
+    times = ["attention_decode_step_ms", "attention_prefill_chunk_ms"]
+    timed = run.rows[(run.rows["status"] == "ok") & run.rows[times].notna().any(axis=1)]
     if timed.empty:
         return not_applicable("no timed row")
     bad = timed[timed["gate_error"].isna()]

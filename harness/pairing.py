@@ -30,6 +30,8 @@ METRICS = {
 }
 # Nearly deterministic: one pair tells.
 MEMORY = ("peak_device_bytes", "kv_committed_bytes")
+# What is asked; trials that were asked different things are no pair.
+QUESTION = ("context_tokens", "fill", "purpose")
 _CELL = ("model", "strategy", *VARIATIONS)
 _IGNORED = ("run_id", "trial_id", "pair_id", "repeat", "seed", "experiment")
 CONFIGURATION = tuple(
@@ -83,13 +85,17 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     value, and ``repeat``. A column in which they share none is what is compared.
     """
     a, b = trials(a), trials(b)
-    changed = {c: (_values(a[c]), _values(b[c])) for c in CONFIGURATION if _disjoint(a[c], b[c])}
+    changed = {
+        c: (_values(a[c]), _values(b[c]))
+        for c in CONFIGURATION
+        if c not in QUESTION and _disjoint(a[c], b[c])
+    }
     shared = (set(a["pair_id"]) & set(b["pair_id"])) - {""}
     keys = ["pair_id", "strategy", "strategy_options"] if shared else [*CONFIGURATION, "repeat"]
     keys = [c for c in keys if c not in changed]
     for rows in (a, b):
         rows["_turn"] = rows.groupby(keys, dropna=False).cumcount() if keys else range(len(rows))
-    joined = a.assign(**{f"_{c}": a[c] for c in keys}).merge(
+    joined = a.merge(
         b,
         left_on=[*keys, "_turn"],
         right_on=[*keys, "_turn"],
@@ -97,8 +103,8 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
         suffixes=("_a", "_b"),
         indicator="_side",
     )
-    for name in keys:
-        joined[f"{name}_a"] = joined[f"{name}_b"] = joined[name]
+    copies = {f"{name}_{side}": joined[name] for name in keys for side in ("a", "b")}
+    joined = pd.concat([joined.drop(columns=keys), pd.DataFrame(copies)], axis=1)
     side = joined["_side"]
     return Pairs(
         joined[side == "both"].reset_index(drop=True),

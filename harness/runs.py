@@ -24,6 +24,7 @@ from harness.columns import COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
 
 MAX_FILE_BYTES = 512 << 20
 SCHEMA = 1
+_ALL_COLUMNS = frozenset((*COLUMNS, *TIMELINE_COLUMNS))
 REQUIRED_COLUMNS = ("strategy", "context_tokens", "status")
 
 
@@ -153,6 +154,12 @@ def lookup(data: Any, *path: str, default: Any = None) -> Any:  # noqa: ANN401
     return data
 
 
+def dicts(data: Any, *path: str) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Return the objects of a list at a path of untrusted JSON; what is no object is left out."""
+    found = lookup(data, *path)
+    return [v for v in found if isinstance(v, dict)] if isinstance(found, list) else []
+
+
 def clean(text: object) -> str:
     """Text of a stranger on one printable line."""
     return "".join(c if c.isprintable() else " " for c in str(text)).strip()
@@ -247,16 +254,24 @@ def _table(folder: Path, name: str, columns: tuple[str, ...], notes: list[str]) 
 
 
 def _kind(column: pd.Series, name: str) -> pd.Series:
-    if is_text(name) or name not in (*COLUMNS, *TIMELINE_COLUMNS):
-        return column.map(lambda v: "" if pd.isna(v) else clean(v)).astype(object)
-    if column.dtype == object or str(column.dtype).startswith("str"):
+    if is_text(name) or name not in _ALL_COLUMNS:
+        return column.map(_text).astype(object)
+    if column.dtype != float:
         column = column.map(lambda v: None if v is None or str(v) in ("", "None", "nan") else v)
-    numbers = pd.to_numeric(column, errors="coerce").astype(float)
+        numbers = pd.to_numeric(column, errors="coerce").astype(float)
+    else:
+        numbers = column
     bad = (numbers.isna() & column.notna()) | numbers.abs().eq(float("inf"))
     if bad.any():
         at = int(bad.to_numpy().argmax())
         raise RunError(f"column {name}, row {at + 1}: {clean(column.iloc[at])!r} is no number")
     return numbers
+
+
+def _text(value: object) -> str:
+    if isinstance(value, str) and value.isprintable():
+        return value.strip()
+    return "" if pd.isna(value) else clean(value)
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

@@ -1,0 +1,165 @@
+"""Checks: a sound folder passes, and each fault fails its own check and no other."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from harness.check import check_run, main
+from harness.columns import ordered
+from harness.runs import load_run
+from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, sweep, write_run
+
+
+def first_ok(rows):
+    return next(r for r in rows if r["status"] == "ok" and r["attention_decode_step_ms"])
+
+
+def unexplained(rows, summary, manifest):
+    first_ok(rows)["unexplained_bytes"] = 1 << 40
+
+
+def no_reconciliation(rows, summary, manifest):
+    first_ok(rows)["unexplained_bytes"] = None
+
+
+def unrepeatable(rows, summary, manifest):
+    first_ok(rows)["attention_decode_step_ms"] *= 1.05
+
+
+def unrepeatable_memory(rows, summary, manifest):
+    row = first_ok(rows)
+    row["peak_device_bytes"] = row["predicted_peak_bytes"] = row["peak_device_bytes"] + (1 << 30)
+
+
+def bracket_once(rows, summary, manifest):
+    del rows[-1]
+
+
+def wide_bracket(rows, summary, manifest):
+    for row in rows[-4:]:
+        if row["context_tokens"] == 5_802_816:
+            row["context_tokens"] = 5_900_000
+    for point in ("startup", "admit"):
+        summary["strategies"]["static"][point]["not_ok"] = 5_900_000
+
+
+def dirty(rows, summary, manifest):
+    manifest["git"] = {"commit": "c" * 40, "dirty": True}
+
+
+def speed_in_a_failed_row(rows, summary, manifest):
+    next(r for r in rows if r["status"] == "oom")["attention_decode_step_ms"] = 1.0
+
+
+def ungated(rows, summary, manifest):
+    first_ok(rows)["gate_error"] = None
+
+
+def unplanned(rows, summary, manifest):
+    first_ok(rows)["predicted_peak_bytes"] *= 1.02
+
+
+def another_end(rows, summary, manifest):
+    first_ok(rows)["predicted_status"] = "oom"
+
+
+def hot(rows, summary, manifest):
+    manifest["gpus_after"] = [{"throttle_reasons": "0x40"}]
+
+
+def unfinished(rows, summary, manifest):
+    manifest["finished_utc"] = None
+
+
+def crashed(rows, summary, manifest):
+    rows.append(ordered(rows[0] | {"status": "crash", "signal": "SIGSEGV", "trial_id": "z"}))
+
+
+def unknown_status(rows, summary, manifest):
+    rows[-1]["status"] = "fine"
+
+
+def twice_the_same_trial(rows, summary, manifest):
+    rows[1]["trial_id"] = rows[0]["trial_id"]
+
+
+FAULTS = {
+    unexplained: "reconciliation",
+    no_reconciliation: "reconciliation",
+    unrepeatable: "repeatability",
+    unrepeatable_memory: "repeatability",
+    bracket_once: "brackets",
+    wide_bracket: "brackets",
+    dirty: "tree",
+    speed_in_a_failed_row: "speeds",
+    ungated: "gate",
+    unplanned: "planner",
+    another_end: "planner",
+    hot: "throttling",
+    unfinished: "finished",
+    crashed: "statuses",
+    unknown_status: "schema",
+    twice_the_same_trial: "schema",
+}
+
+
+def failures(folder):
+    return {name for name, r in check_run(load_run(folder)).items() if r.outcome == "fail"}
+
+
+def test_a_sound_folder_passes(tmp_path, capsys):
+    folder = write_run(tmp_path / "run")
+    assert main([str(folder)]) == 0
+    assert "pass" in capsys.readouterr().out
+    assert failures(folder) == set()
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
+def test_each_fault_fails_its_check_alone(tmp_path, capsys, fault):
+    rows, summary, manifest = sweep() + bracket(), copy.deepcopy(SUMMARY), dict(MANIFEST)
+    fault(rows, summary, manifest)
+    folder = write_run(tmp_path / "run", rows, summary, **manifest)
+    assert failures(folder) == {FAULTS[fault]}
+    assert main([str(folder)]) == 1
+    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith(FAULTS[fault]))
+    assert "fail" in line
+
+
+def test_an_item_that_is_named_excuses_the_planner(tmp_path):
+    rows = sweep() + bracket()
+    row = first_ok(rows)
+    row["predicted_peak_bytes"] *= 1.5
+    row["predicted_off_by"] = "workspace"
+    assert failures(write_run(tmp_path / "run", rows)) == set()
+
+
+def test_the_scale_models_speeds_are_not_judged(tmp_path):
+    rows = sweep(scale=192)
+    first_ok(rows)["attention_decode_step_ms"] *= 3
+    results = check_run(load_run(write_run(tmp_path / "run", rows, {})))
+    assert results["repeatability"].outcome == "pass"
+    assert "not judged" in results["repeatability"].reason
+
+
+def test_a_missing_column_fails_the_schema(tmp_path):
+    folder = write_run(tmp_path / "run")
+    text = (folder / "trials.csv").read_text()
+    (folder / "trials.csv").write_text(text.replace("gate_lse_error", "gate_other", 1))
+    assert failures(folder) == {"schema"}
+
+
+def test_what_cannot_be_judged_says_so(tmp_path):
+    row = sweep(1)[0] | {"attention_decode_step_ms": None, "attention_prefill_chunk_ms": None}
+    folder = write_run(tmp_path / "run", [row], {"strategies": {"static": {}}}, gpus=[], git={})
+    results = check_run(load_run(folder))
+    for name in ("throttling", "repeatability", "brackets", "tree", "gate"):
+        assert results[name].outcome == "n.a.", name
+        assert results[name].reason
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "trials.csv" in error and error.count("\n") == 1

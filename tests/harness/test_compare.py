@@ -1,0 +1,169 @@
+"""Comparisons: planted differences are found, equal things stay equal, pairs are right."""
+
+from __future__ import annotations
+
+import csv
+import math
+
+import numpy as np
+import pytest
+
+from harness.compare import compare, main
+from harness.pairing import bootstrap, pair, ratios, verdict
+from harness.plots_compare import figure_compare
+from harness.runs import frame, load_run
+from tests.harness.run_fixture import cell, sweep, write_run
+
+DECODE = "attention_decode_tokens_per_second"
+
+
+def rows_with(factor, repeats=5, **given):
+    """Rows whose decode rate is ``factor`` times the fixture's, with a little noise."""
+    noise = np.random.default_rng(7).normal(1, 0.001, 1000)
+    out = []
+    for n, row in enumerate(sweep(repeats, **given)):
+        if row[DECODE]:
+            row = row | {DECODE: row[DECODE] * factor * noise[n]}
+        out.append(row)
+    return out
+
+
+def decode(found, cell_name="all cells"):
+    return next(r for r in found if r.metric == DECODE and r.cell == cell_name)
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(1.05, "B higher"), (0.95, "B lower"), (1.0, "same within 2 %"), (1.01, "same within 2 %")],
+)
+def test_a_planted_difference_is_found(factor, said):
+    found = ratios(pair(frame(rows_with(1.0)), frame(rows_with(factor))))
+    total = decode(found)
+    assert total.verdict == said
+    assert total.low <= total.ratio <= total.high
+    assert total.ratio == pytest.approx(factor, rel=0.005)
+
+
+def test_strategies_of_one_run_pair_by_question_and_repeat():
+    rows = frame(sweep(3))
+    pairs = pair(rows[rows["strategy"] == "static"], rows[rows["strategy"] == "paged"])
+    assert (pairs.both["pair_id_a"] == pairs.both["pair_id_b"]).all()
+    assert (pairs.both["context_tokens_a"] == pairs.both["context_tokens_b"]).all()
+    assert len(pairs.both) == 15 and pairs.only_a == pairs.only_b == 0
+    assert pairs.changed["strategy"] == ("static", "paged")
+
+
+def test_two_commits_pair_each_strategy_with_itself():
+    pairs = pair(frame(sweep(2)), frame(sweep(2)))
+    assert (pairs.both["strategy_a"] == pairs.both["strategy_b"]).all()
+    assert len(pairs.both) == 20 and "strategy" not in pairs.changed
+
+
+def test_without_shared_pair_ids_the_configuration_pairs():
+    other = [r | {"pair_id": f"other {r['pair_id']}", "hardware": "h100"} for r in sweep(2)]
+    pairs = pair(frame(sweep(2)), frame(other))
+    assert len(pairs.both) == 20
+    assert pairs.changed["hardware"] == ("h200", "h100")
+    assert (pairs.both["fill_a"] == pairs.both["fill_b"]).all()
+
+
+def test_trials_without_a_partner_are_counted():
+    some = [r for r in sweep(2) if r["context_tokens"] < 5_000_000]
+    pairs = pair(frame(sweep(2)), frame(some))
+    assert (len(pairs.both), pairs.only_a, pairs.only_b) == (8, 12, 0)
+
+
+def test_rows_that_are_not_ok_never_enter_a_ratio():
+    bad = [r | {"status": "invalid", "error": "gate"} for r in rows_with(9.0)]
+    assert ratios(pair(frame(rows_with(1.0)), frame(bad))) == []
+
+
+def test_few_pairs_decide_no_speed_but_memory():
+    found = ratios(pair(frame(rows_with(1.0, repeats=1)), frame(rows_with(2.0, repeats=1))))
+    speeds = {r.verdict for r in found if r.metric == DECODE and r.cell != "all cells"}
+    assert speeds == {"undecided: 1 pair, 3 needed"}
+    peak = [r.verdict for r in found if r.metric == "peak_device_bytes"]
+    assert set(peak) == {"same within 2 %"}
+
+
+def test_memory_of_different_scales_is_compared_as_the_modelled_devices():
+    found = ratios(pair(frame(sweep(1)), frame(sweep(1, scale=192))))
+    (total,) = [r for r in found if r.metric == "peak_device_bytes" and r.cell == "all cells"]
+    assert total.ratio == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (1.021, 1.03, "B higher"),
+        (0.9, 0.979, "B lower"),
+        (0.981, 1.02, "same within 2 %"),
+        (1.0, 1.05, "undecided: the interval crosses 2 %"),
+    ],
+)
+def test_the_gate(low, high, said):
+    assert verdict(low, high, 5) == said
+
+
+def test_the_bootstrap_is_seeded_and_covers_the_mean():
+    logs = np.log([1.01, 1.02, 0.99, 1.0, 1.03])
+    assert bootstrap(logs, 1) == bootstrap(logs, 1)
+    low, high = bootstrap(logs)
+    assert low < logs.mean() < high and logs.min() <= low and high <= logs.max()
+
+
+def test_the_command_writes_table_figure_and_csv(tmp_path, capsys):
+    first = write_run(tmp_path / "a", rows_with(1.0, repeats=3))
+    second = write_run(
+        tmp_path / "b",
+        rows_with(1.1, repeats=3),
+        run_id="second",
+        git={"commit": "d" * 40, "dirty": True, "diff_sha": "1"},
+    )
+    (second / "config.yaml").write_text("model:\n  name: report\nseed: 1\n")
+    assert main([str(first), str(second)]) == 0
+    said = capsys.readouterr().out
+    assert "B higher" in said and "d" * 40 in said and "config.yaml seed" in said
+    written = sorted(p.suffix for p in (first / "figures").iterdir())
+    assert written == [".csv", ".png", ".svg"]
+    with open(next((first / "figures").glob("*.csv")), newline="") as file:
+        lines = list(csv.DictReader(file))
+    total = next(x for x in lines if x["metric"] == DECODE and x["cell"] == "all cells")
+    assert math.isclose(float(total["ratio"]), 1.1, rel_tol=0.01)
+    assert len(total["trials_a"].split()) == int(total["pairs"])
+
+
+def test_two_strategies_of_one_run(tmp_path):
+    run = load_run(write_run(tmp_path / "a", sweep(3)))
+    text, found, names = compare([run], ["static", "paged"])
+    assert names == ("static", "paged")
+    assert "oom in pool/kv_pool" in text
+    assert decode(found).verdict == "same within 2 %"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["A"], "two runs, or one and --strategies"),
+        (["A", "A"], "the same run twice"),
+        (["A", "A", "A"], "3 runs given"),
+        (["A", "--strategies", "static", "pagd"], "allowed: paged, static"),
+        (["nowhere", "A"], "no such folder"),
+        (["A", "C"], "share no cell"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, words, said):
+    folder = write_run(tmp_path / "A")
+    write_run(tmp_path / "C", [cell("paged", 77, 1.0, model="other")])
+    before = sorted(p.name for p in folder.iterdir())
+    assert main([str(tmp_path / w) if w in "ACnowhere" else w for w in words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_every_ratio_is_in_the_figure():
+    found = ratios(pair(frame(rows_with(1.0)), frame(rows_with(1.05))))
+    figure = figure_compare(found, "a", "b")
+    drawn = sum(len(axes.get_yticks()) for axes in figure.axes)
+    assert drawn == len(found)
