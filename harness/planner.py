@@ -65,7 +65,7 @@ def oom_points(spec: PlanSpec) -> OomPoints:
     if startup.ok is None:
         nothing = OomPoint(None, startup.not_ok, startup.limited_by)
         return OomPoints(startup, nothing, nothing)
-    return OomPoints(startup, _point(spec, admits), _resident(spec.at(startup.ok)))
+    return OomPoints(startup, _point(spec, admits), _resident(spec.at(startup.ok), startup))
 
 
 def largest_context_that_starts(spec: PlanSpec, limit_tokens: int = 0) -> tuple[int, int | None]:
@@ -75,31 +75,70 @@ def largest_context_that_starts(spec: PlanSpec, limit_tokens: int = 0) -> tuple[
     when everything does.
     """
     limit = limit_tokens or spec.context_tokens
-    grid = _grid(limit)
-    good = [starts(spec, tokens) for tokens in grid]
-    first_bad = next((i for i, ok in enumerate(good) if not ok), None)
+    first_bad = _first_failure(spec, starts, limit)
     if first_bad is None:
         return limit, None
-    last_good = next((i for i in reversed(range(len(grid))) if good[i]), None)
-    if last_good is None:
-        return 0, grid[0]
-    low = (
-        _turning(spec, starts, grid[first_bad - 1], grid[first_bad]) if first_bad else (0, grid[0])
-    )
-    high = low
-    if last_good > first_bad:
-        top = grid[last_good + 1] if last_good + 1 < len(grid) else limit + 1
-        high = _turning(spec, starts, grid[last_good], top) if top <= limit else (limit, top)
-    return high[0], low[1]
+    later = [tokens for tokens in _grid(limit) if tokens > first_bad]
+    later += [first_bad + 1] if first_bad < limit else []
+    good = max((tokens for tokens in later if starts(spec, tokens)), default=first_bad - 1)
+    above = min((tokens for tokens in later if tokens > good), default=limit + 1)
+    if good < first_bad or above > limit:
+        return min(good, limit), first_bad
+    return _turning(spec, starts, good, above)[0], first_bad
+
+
+Test = Callable[[PlanSpec, int], bool]
+
+
+def _first_failure(spec: PlanSpec, test: Test, limit: int) -> int | None:
+    """Find the smallest context up to a limit at which a test fails, or None."""
+    if spec.strategy != "sglang":
+        if test(spec, limit):
+            return None
+        return _turning(spec, test, 1, limit)[1] if limit > 1 and test(spec, 1) else 1
+    low: int | None = 0
+    for tokens in _grid(limit):
+        if not test(spec, tokens):
+            break
+        low = tokens
+    else:
+        low, tokens = None, 0
+    found = [_turning(spec, test, low, tokens)[1]] if low else ([1] if low == 0 else [])
+    tooth = _failing_tooth(spec, test, limit)
+    return min(found + ([tooth] if tooth else []), default=None)
+
+
+def _failing_tooth(spec: PlanSpec, test: Test, limit: int) -> int | None:
+    """Find the first failure where SGLang's default request limit falls with the context.
+
+    There R = int(512 M / L), so that the table of R rows is a saw whose tops, at L = 512 M / R,
+    rise with the context; a grid would step over them.
+    """
+    if spec.options.get("max_running_requests") is not None:
+        return None
+    pool = predict(spec.at(limit).filled(0.0)).pool_tokens
+
+    def top(rows: int) -> int:
+        return 512 * pool // rows
+
+    good, bad = 4097, 2048
+    if top(good) < 1 or top(4096) > limit:
+        return None
+    while top(bad) > limit or bad < 1:
+        bad += 1
+    if test(spec, top(bad)):
+        return None
+    while good - bad > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if test(spec, top(middle)) else (good, middle)
+    valley = top(bad + 1) + 1
+    return _turning(spec, test, valley, top(bad))[1] if test(spec, valley) else valley
 
 
 def _grid(limit: int) -> list[int]:
     """Geometric contexts from 1 to the limit."""
     points = {round(limit ** (i / SCAN_POINTS)) for i in range(SCAN_POINTS + 1)}
     return sorted({1, limit, *points})
-
-
-Test = Callable[[PlanSpec, int], bool]
 
 
 def _turning(spec: PlanSpec, test: Test, good: int, bad: int) -> tuple[int, int]:
@@ -111,25 +150,20 @@ def _turning(spec: PlanSpec, test: Test, good: int, bad: int) -> tuple[int, int]
 
 
 def _point(spec: PlanSpec, test: Test) -> OomPoint:
-    good, tokens = 0, 1
-    grid = _grid(spec.context_tokens) if spec.strategy == "sglang" else [1, spec.context_tokens]
-    for tokens in grid:
-        if not test(spec, tokens):
-            break
-        good = tokens
-    else:
+    not_ok = _first_failure(spec, test, spec.context_tokens)
+    if not_ok is None:
         return OomPoint(spec.context_tokens, None, "sweep_end")
-    ok, not_ok = _turning(spec, test, good, tokens) if good else (None, tokens)
+    ok = not_ok - 1 or None
     failed = predict(spec.at(not_ok).filled(0.0))
     if failed.started:
         return OomPoint(ok, not_ok, "refused", "fill", "admit")
     return OomPoint(ok, not_ok, failed.outcome, failed.phase, failed.allocation)
 
 
-def _resident(spec: PlanSpec) -> OomPoint:
-    """How far one sequence grows in a started process."""
+def _resident(spec: PlanSpec, startup: OomPoint) -> OomPoint:
+    """How far one sequence grows in a started process; start-up's own end when it grows to that."""
     made = predict(replace(spec, fill=1.0, sequences=1))
     held = made.resident_tokens
     if made.outcome == "ok":
-        return OomPoint(held, None, "sweep_end")
+        return replace(startup, ok=held)
     return OomPoint(held, held + 1, made.outcome, made.phase, made.allocation)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from strategies.engine_model import EngineModel
+from strategies.engine_model import EngineModel, engine_total_bytes
 from strategies.model import KVModel
 
 # Granularity of a device's allocations: a page on the host, a large block on a GPU.
@@ -71,7 +71,7 @@ class PlanSpec:
     @property
     def modelled_total_bytes(self) -> int:
         """Of the modelled GPU: what engines take their fractions of."""
-        return self.device_total_bytes or self.capacity_bytes * self.scale
+        return engine_total_bytes(self.capacity_bytes * self.scale, self.device_total_bytes)
 
     @property
     def target_tokens(self) -> int:
@@ -153,8 +153,3 @@ class Prediction:
     admits_context: bool = False
     settings: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-
-    @property
-    def left_bytes(self) -> int:
-        """What is free at the end."""
-        return self.free_bytes

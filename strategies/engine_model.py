@@ -21,6 +21,16 @@ def nvml_total_mib(total_bytes: int) -> int:
     return known if known is not None else round(total_bytes / MIB / _CUDA_SHARE_OF_NVML)
 
 
+def engine_total_bytes(capacity_bytes: int, device_total_bytes: int = 0) -> int:
+    """Total memory that an engine takes its fractions of.
+
+    The device's own total when all of it may be used; the capacity when the device was made
+    smaller (the driver and the context account for less than 1.5 %), or when no total is known.
+    """
+    whole = capacity_bytes > 0.985 * device_total_bytes
+    return device_total_bytes if device_total_bytes and whole else capacity_bytes
+
+
 @dataclass(frozen=True)
 class EngineModel:
     """One rank of a model, as an engine sees it (sizes of the modelled GPU, never scaled).

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from strategies.device import Allocation, Device
-from strategies.engine_model import EngineModel, EnginePlan, Item
+from strategies.engine_model import EngineModel, EnginePlan, Item, engine_total_bytes
 from strategies.errors import OutOfMemory, Refused
 from strategies.model import KVModel
 from strategies.strategy import Footprint, Strategy
@@ -35,7 +35,7 @@ class EngineStrategy(Strategy):
     engine_model : EngineModel
         The modelled rank.
     device_total_bytes : int
-        Of the modelled GPU, as CUDA shows it; 0: the device's capacity times its scale.
+        Of the modelled GPU, as CUDA shows it (:func:`strategies.engine_model.engine_total_bytes`).
     """
 
     slot_name = "kv_slots"
@@ -55,7 +55,8 @@ class EngineStrategy(Strategy):
             )
         self.device, self.model, self.engine_model = device, model, engine_model
         self.context_tokens, self.sequences = context_tokens, sequences
-        self.total_bytes = device_total_bytes or device.capacity_bytes * device.scale
+        capacity = device.capacity_bytes * device.scale
+        self.total_bytes = engine_total_bytes(capacity, device_total_bytes)
         self.plan: EnginePlan | None = None
         self._held: list[tuple[Item, Allocation]] = []
         self._open: dict[int, int] = {}

@@ -1,0 +1,196 @@
+"""``python -m harness.plan [group=option] [key=value] [json=true]``: predict, without running.
+
+Every allocation, how it would end, the three OOM points, the largest context that starts and the
+smallest change of flags that helps, from formulas alone. Exit 0 also when the answer is "does not
+start"; 2 for bad input, with one line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from harness.forecast import plan_spec
+from harness.planner import largest_context_that_starts, oom_points, predict
+from harness.planner_changes import Change, smallest_change
+from harness.planner_engines import ENGINES
+from harness.planner_spec import OomPoint, PlanSpec, Prediction
+from harness.planner_text import change_line, items_table, points_table, verdict
+from harness.settings import Settings, compose_settings
+from harness.sizes import BadValue, tokens_text
+
+USAGE = """usage: python -m harness.plan [group=option] [key=value] [json=true]
+
+The same words as python -m harness. Lists of values (strategy=static,paged) plan each.
+
+  python -m harness.plan strategy=sglang context=10M hardware=h200
+  python -m harness.plan strategy=sglang strategy.max_running_requests=16
+  python -m harness.plan strategy=vllm model=llama4_scout json=true
+"""
+SCHEMA = 1
+# How far beyond the configured context "the largest context that starts" is looked for.
+LOOK_BEYOND = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if any(w in ("-h", "--help") for w in words):
+        print(USAGE, end="")
+        return 0
+    try:
+        as_json, words = _take_json(words)
+        answers = [Answer(settings) for settings in _all_settings(words)]
+    except (BadValue, ValueError) as error:
+        print(f"harness.plan: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    if as_json:
+        print(json.dumps(as_summary(answers), indent=1))
+    else:
+        print("\n\n".join(answer.text() for answer in answers))
+    return 0
+
+
+def _take_json(words: list[str]) -> tuple[bool, list[str]]:
+    as_json, rest = False, []
+    for word in words:
+        key, _, value = word.partition("=")
+        if key != "json":
+            rest.append(word)
+        elif value in ("true", "false"):
+            as_json = value == "true"
+        else:
+            raise BadValue("json", value, "true or false")
+    return as_json, rest
+
+
+def _all_settings(words: list[str]) -> list[Settings]:
+    from harness.compose import expand
+
+    flags = ("-m", "--multirun")
+    jobs = expand([w for w in words if w not in flags], multirun=True)
+    return [compose_settings(job, planning=True) for job in jobs]
+
+
+class Answer:
+    """What the planner says of one configuration."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        fill = settings.fills[-1] if settings.fills else 1.0
+        self.spec: PlanSpec = plan_spec(settings, fill=fill)
+        self.made: Prediction = predict(self.spec)
+        self.points = oom_points(self.spec)
+        self.changes: dict[str, Change | None] = {}
+        if not self.made.started:
+            self.changes["start"] = smallest_change(self.spec, "start")
+        if not self.made.admits_context:
+            self.changes["admit"] = smallest_change(self.spec, "admit")
+        limit = self.spec.context_tokens * LOOK_BEYOND
+        self.largest: tuple[int, int | None] | None = None
+        if self.spec.strategy in ENGINES:
+            self.largest = largest_context_that_starts(self.spec, limit)
+
+    @property
+    def name(self) -> str:
+        """The strategy, with what the command line changed of it."""
+        own = [w for w in self.settings.overrides if w.startswith("strategy.")]
+        return " ".join([self.settings.strategy, *(w.removeprefix("strategy.") for w in own)])
+
+    def text(self) -> str:
+        """Everything, for a terminal."""
+        parts = [self._heading(), ""]
+        parts += [items_table(self.made, self.spec.scale, self.spec.capacity_bytes), ""]
+        parts += [points_table(self.points), "", verdict(self.spec, self.made)]
+        parts += [f"note: {note}" for note in self.made.notes]
+        parts += [change_line(change, goal) for goal, change in self._told_changes()]
+        if self.largest is not None:
+            parts.append(self._largest_line())
+        return "\n".join(parts)
+
+    def _told_changes(self) -> list[tuple[str, Change | None]]:
+        start, admit = self.changes.get("start"), self.changes.get("admit")
+        told = list(self.changes.items())
+        if start is not None and admit is not None:
+            if start.flags == admit.flags:
+                return told[:1]
+            if [k for k, _ in start.flags] == [k for k, _ in admit.flags]:
+                return told[1:]
+        return told
+
+    def _heading(self) -> str:
+        settings, spec = self.settings, self.spec
+        version = settings.options.get("version")
+        engine = f"{settings.strategy} {version}" if version else settings.strategy
+        token = settings.full_model().token_bytes
+        where = settings.hardware.device_name
+        if settings.on_host:
+            where = f"{where} (scale model 1:{spec.scale}; bytes are the modelled device's)"
+        return (
+            f"{engine} at {tokens_text(spec.context_tokens)}: model {settings.model.name}, "
+            f"{token:,} bytes a token and rank, {settings.parallel.ranks} ranks, {where}"
+        )
+
+    def _largest_line(self) -> str:
+        assert self.largest is not None
+        largest, failing = self.largest
+        beyond = tokens_text(self.spec.context_tokens * LOOK_BEYOND)
+        if failing is None:
+            return f"largest context that starts: every one up to {beyond}"
+        if failing == largest + 1:
+            held = min(predict(self.spec.at(largest).filled(0.0)).pool_tokens, largest)
+            room = "" if held == largest else f" (with room for {held:,})"
+            return f"largest context that starts: {largest:,} tokens{room}"
+        return (
+            f"largest context that starts: {largest:,} tokens, but contexts from {failing:,} on "
+            "fail before that"
+        )
+
+
+def as_summary(answers: Sequence[Answer]) -> dict[str, Any]:
+    """``summary.json``'s shape, with the planner's own figures beside it."""
+    strategies = {}
+    for answer in answers:
+        made, spec = answer.made, answer.spec
+        entry: dict[str, Any] = {
+            name: _point(getattr(answer.points, name)) for name in ("startup", "admit", "resident")
+        }
+        entry["peak_device_bytes"] = made.predicted_peak_bytes
+        entry["decode"] = []
+        entry["scale"] = spec.scale
+        entry["outcome"] = {
+            "status": made.outcome,
+            "started": made.started,
+            "phase": made.phase,
+            "allocation": made.allocation,
+            "requested_bytes": made.requested_bytes,
+            "free_bytes": made.free_bytes,
+            "message": made.message,
+        }
+        entry["items"] = [vars(item) for item in made.items]
+        entry["pool_tokens"] = made.pool_tokens
+        entry["smallest_change"] = {
+            goal: None if change is None else dict(change.flags)
+            for goal, change in answer.changes.items()
+        }
+        if answer.largest is not None:
+            largest, failing = answer.largest
+            entry["largest_context_that_starts"] = {"ok": largest, "first_not_ok": failing}
+        strategies[answer.name] = entry
+    return {"schema": SCHEMA, "basis": "planned", "strategies": strategies, "claims": []}
+
+
+def _point(point: OomPoint) -> dict[str, Any]:
+    return {
+        "ok": point.ok,
+        "not_ok": point.not_ok,
+        "limited_by": point.limited_by,
+        "phase": point.phase,
+        "allocation": point.allocation,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

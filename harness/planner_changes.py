@@ -1,0 +1,219 @@
+"""Which smallest change of flags lets a context start: a short ordered list, each one tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from harness.planner import admits, largest_context_that_starts, predict, starts
+from harness.planner_engines import ENGINES
+from harness.planner_spec import PlanSpec, Prediction
+
+GOALS = ("start", "admit")
+REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
+FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
+UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
+
+Flags = tuple[tuple[str, str], ...]
+Candidate = tuple[Flags, str, PlanSpec]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of flags that works, as the planner has tried.
+
+    ``flags`` are pairs of a flag and its value, ``costs`` says what they give up; ``spec`` and
+    ``prediction`` are those of the changed configuration.
+    """
+
+    flags: Flags
+    costs: str
+    spec: PlanSpec
+    prediction: Prediction
+
+    @property
+    def text(self) -> str:
+        """The flags, as one would type them."""
+        return " ".join(f"{key}={value}" for key, value in self.flags)
+
+
+def smallest_change(spec: PlanSpec, goal: str = "start") -> Change | None:
+    """Find the first change, from those that give up least on, that reaches the goal.
+
+    Parameters
+    ----------
+    goal : str
+        ``start``: the process reaches ``ready``. ``admit``: it also accepts a request of the full
+        context.
+
+    Returns
+    -------
+    Change or None
+        None when nothing needs changing, or nothing helps.
+    """
+    if goal not in GOALS:
+        raise ValueError(f"goal={goal}: allowed are {', '.join(GOALS)}")
+    if _reaches(spec, predict(spec.filled(0.0)), goal):
+        return None
+    for flags, costs, changed in _candidates(spec, goal):
+        try:
+            made = predict(changed.filled(0.0))
+        except ValueError:  # a flag that this version of the engine does not take
+            continue
+        if _reaches(changed, made, goal) and _has_room(changed, made):
+            return Change(flags, _with_figures(costs, made), changed, made)
+    return None
+
+
+def _reaches(spec: PlanSpec, made: Prediction, goal: str) -> bool:
+    return made.started and (goal == "start" or made.admits_context)
+
+
+def _has_room(spec: PlanSpec, made: Prediction) -> bool:
+    """Whether an engine that starts could also run one prefill chunk of its own."""
+    if spec.strategy != "sglang" or spec.engine_model is None:
+        return True
+    chunk = max(0, int(made.settings.get("chunked_prefill_size", 0)))
+    return made.free_bytes * spec.scale >= chunk * spec.engine_model.activation_bytes_per_token
+
+
+def _with_figures(costs: str, made: Prediction) -> str:
+    return costs.format(pool=f"{made.pool_tokens:,}")
+
+
+def _candidates(spec: PlanSpec, goal: str) -> Iterator[Candidate]:
+    """All candidates of the strategy, then two that fit every one."""
+    if spec.strategy == "sglang":
+        yield from _sglang(spec)
+    elif spec.strategy == "vllm":
+        yield from _vllm(spec)
+    if _itemsize(spec) == 2:
+        flags = (("kv_cache_dtype", "fp8_e4m3"),)
+        yield flags, "K/V in 8 bits", _with_fp8(spec)
+        if spec.strategy == "sglang":
+            for number in REQUESTS:
+                pair = (*flags, ("max_running_requests", str(number)))
+                changed = _with_fp8(spec).with_options(max_running_requests=number)
+                yield pair, f"K/V in 8 bits, at most {number} requests at once", changed
+    if spec.strategy == "static":
+        yield from _static(spec)
+    yield from _shorter(spec, goal)
+
+
+def _sglang(spec: PlanSpec) -> Iterator[Candidate]:
+    limit = predict(spec.filled(0.0)).settings.get("max_running_requests", 1 << 30)
+    numbers = [n for n in REQUESTS if n < int(limit)]
+    for number in numbers:
+        changed = spec.with_options(max_running_requests=number)
+        flags = (("max_running_requests", str(number)),)
+        yield flags, f"at most {number} requests at once", changed
+    if not spec.options.get("disable_cuda_graph"):
+        changed = spec.with_options(disable_cuda_graph=True)
+        yield (("disable_cuda_graph", "true"),), "slower decoding", changed
+    if spec.options.get("page_size", 1) < 64:
+        yield (("page_size", "64"),), "slots in pages of 64 tokens", spec.with_options(page_size=64)
+    now = spec.options.get("mem_fraction_static") or 1.0
+    for fraction in FRACTIONS:
+        if fraction < now:
+            changed = spec.with_options(mem_fraction_static=fraction)
+            flags = (("mem_fraction_static", str(fraction)),)
+            yield flags, "a pool of {pool} tokens", changed
+    for number in numbers:
+        changed = spec.with_options(max_running_requests=number, mem_fraction_static=0.8)
+        both = (("max_running_requests", str(number)), ("mem_fraction_static", "0.8"))
+        yield both, f"at most {number} requests at once, a pool of {{pool}} tokens", changed
+    for fraction in (0.92, 0.94, 0.96, 0.98):
+        for number in (16, 1):
+            changed = spec.with_options(max_running_requests=number, mem_fraction_static=fraction)
+            both = (("max_running_requests", str(number)), ("mem_fraction_static", str(fraction)))
+            yield both, f"at most {number} requests at once, less for activations", changed
+
+
+def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
+    now = predict(spec.filled(0.0)).settings.get("gpu_memory_utilization", 0.92)
+    model = spec.engine_model
+    if model is not None and model.window_layers:
+        changed = spec.with_options(hybrid_kv_cache_manager=True)
+        yield (("hybrid_kv_cache_manager", "true"),), "local layers keep one window", changed
+    higher = [u for u in UTILIZATIONS if u > float(now)]
+    for share in higher:
+        flags = (("gpu_memory_utilization", str(share)),)
+        changed = spec.with_options(gpu_memory_utilization=share)
+        yield flags, "less for everything that vLLM does not count", changed
+    if not spec.options.get("enforce_eager"):
+        yield (("enforce_eager", "true"),), "slower decoding", spec.with_options(enforce_eager=True)
+    for number in (256, 64, 16):
+        flags = (("max_num_seqs", str(number)),)
+        yield flags, f"at most {number} requests at once", spec.with_options(max_num_seqs=number)
+    small = spec.with_options(max_num_batched_tokens=2048)
+    yield (("max_num_batched_tokens", "2048"),), "smaller prefill chunks", small
+    changed = spec.with_options(
+        enforce_eager=True, max_num_batched_tokens=2048, gpu_memory_utilization=0.98
+    )
+    together = (
+        ("gpu_memory_utilization", "0.98"),
+        ("enforce_eager", "true"),
+        ("max_num_batched_tokens", "2048"),
+    )
+    yield (
+        together,
+        "slower decoding, smaller prefill chunks, little room for anything else",
+        changed,
+    )
+
+
+def _static(spec: PlanSpec) -> Iterator[Candidate]:
+    changed = replace(spec, strategy="paged", options={})
+    yield (("strategy", "paged"),), "memory runs out while a sequence grows, not before", changed
+    for fraction in FRACTIONS:
+        if fraction < spec.options.get("mem_fraction", 1.0):
+            flags = (("mem_fraction", str(fraction)),)
+            yield flags, "a slot of {pool} tokens", spec.with_options(mem_fraction=fraction)
+
+
+def _shorter(spec: PlanSpec, goal: str) -> Iterator[Candidate]:
+    """Offer the largest smaller context, which gives up most."""
+    if goal == "start":
+        best, _ = largest_context_that_starts(spec)
+    else:
+        good, bad = 0, spec.context_tokens
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            good, bad = (middle, bad) if admits(spec, middle) else (good, middle)
+        best = good
+    key = {"sglang": "context_length", "vllm": "max_model_len"}.get(spec.strategy, "context")
+    if spec.strategy == "sglang" and goal == "admit":
+        few = spec.with_options(max_running_requests=16)
+        tokens = predict(few.filled(0.0)).pool_tokens
+        if best < tokens < spec.context_tokens:
+            flags = (("max_running_requests", "16"), (key, str(tokens)))
+            yield flags, "at most 16 requests at once, a shorter context", few.at(tokens)
+    # Room for a prefill chunk is part of the question: step down until there is some.
+    for share in (1.0, 0.99, 0.97, 0.95, 0.9, 0.8):
+        tokens = int(best * share)
+        if tokens >= 1 and starts(spec, tokens):
+            yield ((key, str(tokens)),), "a shorter context", spec.at(tokens)
+
+
+def _itemsize(spec: PlanSpec) -> int:
+    if spec.strategy in ENGINES and spec.engine_model is not None:
+        return spec.engine_model.kv_itemsize
+    return spec.model.groups[0].geometry.itemsize if spec.model is not None else 1
+
+
+def _with_fp8(spec: PlanSpec) -> PlanSpec:
+    model = spec.model
+    if model is not None:
+        groups = tuple(
+            replace(
+                g,
+                geometry=replace(g.geometry, kv_dtype="fp8_e4m3"),
+                pages_per_chunk=g.pages_per_chunk * g.geometry.itemsize,
+            )
+            for g in model.groups
+        )
+        model = replace(model, groups=groups)
+    engine = spec.engine_model
+    if engine is not None:
+        engine = replace(engine, kv_itemsize=1)
+    return replace(spec, model=model, engine_model=engine)
