@@ -17,6 +17,7 @@ def strategy_options(settings: Settings) -> dict[str, Any]:
     options = dict(settings.options)
     if settings.strategy in ENGINES:
         options["engine_model"] = engine_model(settings)
+        options["device_total_bytes"] = settings.hardware.total_bytes
         return options
     options["arena_kind"] = settings.trial.arena
     if "low_water" in options:
