@@ -26,6 +26,13 @@ def check_run(run: Run) -> dict[str, Result]:
     return {name: check(run) for name, check in CHECKS.items()}
 
 
+def check_table(run: Run, results: dict[str, Result] | None = None) -> str:
+    """Return a line a check for a terminal: its name, how it ended, why."""
+    found = check_run(run) if results is None else results
+    lines = tuple((name, r.outcome, r.reason) for name, r in found.items())
+    return Table(str(run.folder), ("check", "result", "reason"), lines).text({"reason": 76})
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the checks of each run; 0 when none failed, 1 when one did, 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -44,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for run in runs:
         results = check_run(run)
         failures += sum(r.outcome == "fail" for r in results.values())
-        lines = tuple((n, r.outcome, r.reason) for n, r in results.items())
-        print(Table(str(run.folder), ("check", "result", "reason"), lines).text({"reason": 76}))
+        print(check_table(run, results))
     return 1 if failures else 0
 
 
