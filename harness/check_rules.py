@@ -12,6 +12,7 @@ from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
 from harness.runs import Run, dicts, lookup, trials
 from harness.series import is_scale_model
 from harness.sizes import MIB
+from harness.summary import arms
 from harness.tabular import tokens
 
 REPEATABILITY = 0.02
@@ -91,17 +92,28 @@ def schema(run: Run) -> Result:
     ids = run.rows[["trial_id", "rank"]]
     if (run.rows["trial_id"] == "").any() or ids.duplicated().any():
         faults.append("a trial has no id of its own")
-    absent = sorted(set(run.rows["strategy"]) - set(lookup(run.summary, "strategies", default={})))
-    if absent and run.summary and not any(_same(absent[0], s) for s in run.summary["strategies"]):
-        faults.append(f"summary.json lacks strategy {absent[0]}")
+    absent = sorted(set(arms_of(run.rows)) - set(lookup(run.summary, "strategies", default={})))
+    if absent and run.summary:
+        faults.append(f"summary.json lacks {absent[0]}")
     if faults:
         return failed("; ".join(faults))
     return passed(f"{len(COLUMNS)} columns, {len(run.rows)} rows, summary and manifest complete")
 
 
-def _same(strategy: str, name: str) -> bool:
-    """Whether a summary's name is a strategy's, a model or an option beside it."""
-    return strategy in name
+def arms_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Return the rows of each arm by the name that summary.json gives it."""
+    records = [
+        {k: _plain(v) for k, v in row.items()} | {"_at": at}
+        for at, row in zip(rows.index, rows.to_dict("records"), strict=True)
+    ]
+    return {name: rows.loc[[r["_at"] for r in own]] for name, own in arms(records).items()}
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Return a value as the row was written: None for empty, whole numbers as int."""
+    if value == "" or value != value:
+        return None
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def finished(run: Run) -> Result:
@@ -195,9 +207,11 @@ def repeatability(run: Run) -> Result:
 def brackets(run: Run) -> Result:
     """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
     faults, seen = [], 0
-    for name, one in (run.summary.get("strategies") or {}).items():
-        own = trials(run.rows)
-        own = own[[_same(s, name) for s in own["strategy"]]]
+    every = trials(run.rows)
+    for name, own in arms_of(every).items():
+        if not (own["purpose"] == "bracket").any():
+            continue
+        one = lookup(run.summary, "strategies", name)
         for point in ("startup", "admit"):
             ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
             if not isinstance(ok, (int, float)) or not isinstance(bad, (int, float)):

@@ -11,7 +11,8 @@ from matplotlib.figure import Figure
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
-from harness.plots_memory import figure_memory, figure_phases
+from harness.plots_memory import figure_memory
+from harness.plots_phases import figure_phases
 from harness.plots_throughput import figure_throughput
 from harness.runs import Run, frame
 

@@ -1,4 +1,4 @@
-"""Memory against context, and memory over a trial's phases."""
+"""Memory against configured context."""
 
 from __future__ import annotations
 
@@ -8,29 +8,23 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 
 from harness import style
-from harness.columns import TIMELINE_COLUMNS
-from harness.runs import frame
 from harness.series import (
     Series,
     by_model,
     is_scale_model,
     needed_bytes,
     points,
-    rank_of,
     scale,
     series,
 )
 from harness.sizes import GIB
-from harness.tabular import percent, short_tokens, tokens
+from harness.tabular import percent, short_tokens
 
 SCALE_TEXT = "Scale model on a host: bytes are multiplied up to the modelled device."
-PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode", "prefill")
-COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
-    p: p for p in ("context", "nccl", "weights", "tables", "workspace")
-}
+FILL_TEXT = "At a line's end: the share of the context that is filled (none: 100 %)."
+Notes = dict[tuple[float, float], tuple[str, str]]
 
 
 @style.styled
@@ -46,249 +40,127 @@ def figure_memory(rows: pd.DataFrame) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        One panel a model.
+        One panel a model; a curve for each strategy, configuration and fill.
     """
     own = points(rows)
     models = list(by_model(own))
-    figure = style.new_figure(0.7 + 2.3 * len(models), len(models), sharex=True)
+    figure = style.new_figure(0.8 + 2.2 * len(models), len(models), sharex=True)
     handles: dict[str, Line2D] = {}
     for axes, (model, part) in zip(figure.axes, models, strict=True):
-        curves = series(part, extra=("fill",))
-        for one in sorted(curves, key=lambda c: (rank_of(c.strategy), -c.rows["fill"].max())):
-            _memory_curve(axes, one, handles)
+        notes: Notes = {}
+        for one in series(part):
+            handles.setdefault(one.label, _curves(axes, one, notes))
         ends = part.loc[part["status"] != "ok", "status"].unique()
         for marker, text in dict.fromkeys(style.ENDS[s] for s in ends if s in style.ENDS):
             handles[text] = _mark(marker, text)
-        _capacities(axes, part)
+        _write(axes, notes)
+        for value in (part["capacity_bytes"] * scale(part)).dropna().unique():
+            style.capacity_line(axes, value / GIB)
         style.token_axis(axes, "")
         style.plain_log_axis(axes, "peak device memory, GiB")
         axes.set_title(style.plain(f"{model}{_token_bytes(part)}"), loc="left")
     figure.axes[-1].set_xlabel("configured context, tokens")
-    handles["KV committed"] = Line2D([], [], color=style.DARK, linestyle=":", label="of it KV pool")
+    handles["KV"] = Line2D([], [], color=style.DARK, linestyle=":", label="KV pool alone, fullest")
     style.legend(figure, list(handles.values()))
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    partly = FILL_TEXT if (own["fill"] < 1).any() else ""
+    style.badge(figure, partly, SCALE_TEXT if is_scale_model(own) else "")
     return figure
 
 
-def _memory_curve(axes: Axes, one: Series, handles: dict[str, Line2D]) -> None:
-    colour, marker = style.look(one.strategy)
-    rows = one.rows.sort_values("context_tokens")
-    factor = scale(rows) / GIB
-    part_filled = rows["fill"].max() < 1
-    face = "white" if part_filled else colour
-    broad = one.strategy in ("static", "sglang")
-    ok = rows["status"] == "ok"
-    peaks = (rows["peak_device_bytes"] * factor)[ok].groupby(rows["context_tokens"]).max()
-    look: dict[str, Any] = {"color": colour, "marker": marker, "markerfacecolor": face}
-    look |= {"markersize": 7 if broad else 4, "linewidth": 2.6 if broad else 1.2}
-    look["linestyle"] = "" if len(peaks) < 2 else "--" if part_filled else "-"
-    axes.plot(peaks.index, peaks, **look)
-    kv = (rows["kv_committed_bytes"] * factor)[ok].groupby(rows["context_tokens"]).max()
-    kv = kv[kv > 0]
-    axes.plot(kv.index, kv, color=colour, linestyle=":", linewidth=0.9)
+def _curves(axes: Axes, one: Series, notes: Notes) -> Line2D:
+    """Draw a strategy's curve for each fill, the fullest on top; returns its legend entry."""
+    look = _look(one)
+    marks, fullest = 0, pd.Series(dtype=float)
+    fills = sorted(one.rows["fill"].fillna(1).unique())
+    for fill in fills:
+        rows = one.rows[one.rows["fill"].fillna(1) == fill].sort_values("context_tokens")
+        ok = rows["status"] == "ok"
+        peaks = _per_context(rows[ok], "peak_device_bytes")
+        part = {"markerfacecolor": "white", "linestyle": "--", "linewidth": 1} if fill < 1 else {}
+        axes.plot(
+            peaks.index, peaks, **(look | part | ({"linestyle": ""} if len(peaks) < 2 else {}))
+        )
+        marks += _bad_ends(axes, one.strategy, rows[~ok], peaks, notes)
+        if fill == fills[-1]:
+            fullest = peaks
+            kv = _per_context(rows[ok], "kv_committed_bytes")
+            axes.plot(kv[kv > 0].index, kv[kv > 0], color=look["color"], ls=":", lw=0.9)
+        elif not peaks.empty:
+            notes[peaks.index[-1], peaks.iloc[-1]] = (f"{percent(fill)}", look["color"])
+    for at, (text, _) in list(notes.items()):
+        full = fullest.get(at[0])
+        if text.endswith("%") and full and abs(at[1] / full - 1) < 0.05:
+            del notes[at]  # a static pool's curves lie on one another
     label = one.label
-    drawn = _bad_ends(axes, one.strategy, rows[~ok], peaks)
-    if peaks.empty:
-        look |= {"marker": "X", "markersize": 6, "markerfacecolor": colour}
-        label += " (never ok)" if drawn else " (no memory figure)"
-    handles.setdefault(one.label, Line2D([], [], label=style.plain(label), **look))
+    if not (one.rows["status"] == "ok").any():
+        look |= {"marker": "X", "markersize": 6, "linestyle": ""}
+        label += " (never ok)" if marks else " (no memory figure)"
+    return Line2D([], [], label=style.plain(label), **look)
 
 
-def _bad_ends(axes: Axes, strategy: str, bad: pd.DataFrame, peaks: pd.Series) -> int:
+def _look(one: Series) -> dict[str, Any]:
+    colour, marker = style.look(one.strategy)
+    broad = one.strategy in ("static", "sglang")
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 7 if broad else 4,
+        "linewidth": 2.6 if broad else 1.2,
+        "linestyle": style.LINES[one.turn % len(style.LINES)],
+    }
+
+
+def _per_context(rows: pd.DataFrame, column: str) -> pd.Series:
+    """Return the largest of a byte column at each context, GiB of the modelled device."""
+    gib = (rows[column] * scale(rows) / GIB).groupby(rows["context_tokens"]).max()
+    return gib.dropna()
+
+
+def _bad_ends(axes: Axes, strategy: str, bad: pd.DataFrame, peaks: pd.Series, notes: Notes) -> int:
     """Mark what did not end well at what it needed; returns how many marks were drawn."""
     colour, _ = style.look(strategy)
     needed = needed_bytes(bad).fillna(bad["peak_device_bytes"]) * scale(bad) / GIB
-    texts: dict[tuple[float, float], str] = {}
-    for (index, row), y in zip(bad.iterrows(), needed, strict=True):
+    for (_, row), y in zip(bad.iterrows(), needed, strict=True):
         if not y > 0:
             continue
-        del index
         marker = style.ENDS.get(row["status"], ("d", ""))[0]
         x = row["context_tokens"]
-        if not peaks.empty:
+        if not peaks.empty and peaks.index[-1] < x:
             axes.plot([peaks.index[-1], x], [peaks.iloc[-1], y], color=colour, ls="-", lw=0.6)
         axes.plot([x], [y], color=colour, marker=marker, markersize=7, markeredgecolor="white")
         if row["oom_phase"] == "fill":
-            texts[x, y] = f"full at\n{short_tokens(row['resident_tokens'])} tokens"
-        elif row["oom_requested_bytes"] > 0:
-            texts[x, y] = f"needs {y:.0f} GiB"
-    for (x, y), text in texts.items():
+            text = f"full at\n{short_tokens(row['resident_tokens'])} tokens"
+        else:
+            text = f"needs {y:.0f} GiB" if row["oom_requested_bytes"] > 0 else ""
+        if text and x == bad["context_tokens"].max():
+            notes[x, y] = (text, colour)
+    return int((needed > 0).sum())
+
+
+def _write(axes: Axes, notes: Notes) -> None:
+    for at, (text, colour) in notes.items():
+        above = text.startswith("needs")
+        offset, horizontal = ((-6, 3), "right") if above else ((9, -9), "right")
+        if text.endswith("%"):
+            offset, horizontal = (5, 0), "left"
         axes.annotate(
             style.plain(text),
-            (x, y),
-            xytext=(9, -6) if text.startswith("full") else (-6, 3),
+            at,
+            xytext=offset,
             textcoords="offset points",
-            ha="right",
-            va="top" if text.startswith("full") else "bottom",
+            ha=horizontal,
+            va="bottom" if above else "center" if text.endswith("%") else "top",
             linespacing=1,
             fontsize=6.5,
             color=colour,
+            annotation_clip=False,
         )
-    return int((needed > 0).sum())
 
 
 def _mark(marker: str, text: str) -> Line2D:
     return Line2D([], [], color=style.DARK, marker=marker, linestyle="", markersize=6, label=text)
 
 
-def _capacities(axes: Axes, part: pd.DataFrame) -> None:
-    capacity = (part["capacity_bytes"] * scale(part)).dropna().unique()
-    for value in capacity:
-        style.capacity_line(axes, value / GIB)
-
-
 def _token_bytes(part: pd.DataFrame) -> str:
     sizes = (part["kv_bytes_per_token"] * scale(part)).dropna().unique()
     return f": {sizes[0] / 1024:g} KiB of KV a token" if len(sizes) == 1 else ""
-
-
-@style.styled
-def figure_phases(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
-    """Draw memory at the end of each phase of the top-context trial of every strategy, stacked.
-
-    Parameters
-    ----------
-    rows, timeline : pandas.DataFrame
-        Where a trial has no ledger events, its row gives one bar: the end.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        One panel a strategy and model. What a failed phase asked for is hatched.
-    """
-    chosen = top_trials(rows, frame_timeline(timeline))
-    figure = style.new_figure(0.6 + 1.45 * len(chosen), len(chosen), sharex=True, sharey=True)
-    events = frame_timeline(timeline)
-    stacks = [stack_of(row, events) for _, row in chosen]
-    seen = {p for stack in stacks for p in stack.index}
-    seen |= {r["oom_phase"] for _, r in chosen if r["oom_phase"] and seen - {"end"}}
-    names = [p for p in PHASES if p in seen] + sorted(seen - set(PHASES))
-    for axes, (label, row), stack in zip(figure.axes, chosen, stacks, strict=True):
-        _phase_bars(axes, label, row, stack, names)
-    figure.axes[0].set_ylim(0, figure.axes[0].get_ylim()[1] * 1.12)
-    used = {c for axes in figure.axes for c in axes.get_legend_handles_labels()[1]}
-    handles = [Patch(color=c, label=n) for n, c in style.COMPONENTS.items() if n in used]
-    handles.append(
-        Patch(facecolor="white", edgecolor="black", hatch="////", label="asked, refused")
-    )
-    style.legend(figure, handles, columns=3)
-    own = pd.DataFrame([row for _, row in chosen])
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
-    return figure
-
-
-def top_trials(rows: pd.DataFrame, timeline: pd.DataFrame) -> list[tuple[str, pd.Series]]:
-    """Return each curve's trial of the largest context, and the largest that ended well."""
-    out = []
-    have_events = set(timeline["trial_id"])
-    for _, part in by_model(points(rows)):
-        for one in series(part):
-            order = one.rows.assign(
-                _ok=one.rows["status"] == "ok", _events=one.rows["trial_id"].isin(have_events)
-            ).sort_values(["context_tokens", "_ok", "fill", "_events"], kind="stable")
-            ok = order[order["_ok"]]
-            if not ok.empty and not order["_ok"].iloc[-1]:
-                out.append((one.label, ok.iloc[-1]))
-            out.append((one.label, order.iloc[-1]))
-    several = len({row["model"] for _, row in out}) > 1
-    named = [(f"{label}, {row['model']}" if several else label, row) for label, row in out]
-    return sorted(named, key=lambda pair: (pair[1]["model"], rank_of(pair[1]["strategy"])))
-
-
-def frame_timeline(timeline: pd.DataFrame) -> pd.DataFrame:
-    """Return ledger events in their kinds."""
-    return frame(timeline, TIMELINE_COLUMNS)
-
-
-def stack_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
-    """Return a trial's bytes by phase (index, in order) and component (columns), own bytes.
-
-    From its ledger events, each component the running sum of its events' bytes; without events
-    one line, ``end``, from the row's columns.
-    """
-    events = timeline[(timeline["trial_id"] == row["trial_id"]) & (row["trial_id"] != "")]
-    if events["rank"].notna().any():
-        events = events[events["rank"].fillna(0) == (row["rank"] if row["rank"] > 0 else 0)]
-    if events.empty:
-        columns = ("context", "nccl", "weights", "tables", "workspace")
-        end = {c: row[f"{c}_bytes"] for c in columns} | {"KV": row["kv_committed_bytes"]}
-        table = pd.DataFrame([end], index=["end"]).fillna(0)
-        return table.loc[:, table.iloc[0] != 0]
-    component = events["phase"].map(COMPONENT_OF_PHASE).fillna("other")
-    order = list(dict.fromkeys(events["phase"]))
-    sums = events["event_bytes"].fillna(0).groupby([events["phase"], component]).sum()
-    table = sums.unstack(fill_value=0).reindex(order).fillna(0).cumsum()
-    return table[[c for c in style.COMPONENTS if c in table and table[c].abs().max() > 0]]
-
-
-def _phase_bars(
-    axes: Axes, label: str, row: pd.Series, stack: pd.DataFrame, phases: list[str]
-) -> None:
-    factor = (row["scale"] if row["scale"] > 0 else 1) / GIB
-    if row["status"] == "ok" and "end" not in phases:
-        stack = stack.reindex(phases).ffill()  # a phase that allocates nothing keeps what is held
-    names = list(stack.index)
-    axes.bar(phases, [0] * len(phases))
-    failed = row["oom_phase"] if row["status"] != "ok" and row["oom_requested_bytes"] > 0 else ""
-    failed = "end" if failed and names == ["end"] else failed
-    if failed and failed not in names:
-        names.append(failed)
-        stack = stack.reindex(names).ffill().fillna(0)
-    bottom = pd.Series(0.0, index=names)
-    for component in stack:
-        height = stack[component] * factor
-        axes.bar(
-            names,
-            height,
-            0.75,
-            bottom,
-            color=style.COMPONENTS[component],
-            label=component,
-            zorder=2,
-        )
-        bottom = bottom + height
-    if failed:
-        asked = row["oom_requested_bytes"] * factor
-        axes.bar(
-            [failed],
-            [asked],
-            0.75,
-            [bottom[failed]],
-            facecolor="white",
-            hatch="////",
-            edgecolor="black",
-            linewidth=0.6,
-            zorder=2,
-        )
-        bottom[failed] += asked
-    _bar_totals(axes, phases, bottom)
-    if row["capacity_bytes"] > 0:
-        style.capacity_line(axes, row["capacity_bytes"] * factor)
-    fill = "" if pd.isna(row["fill"]) else f", {percent(row['fill'])} filled"
-    end = (
-        ""
-        if row["status"] == "ok"
-        else f": {style.ENDS.get(row['status'], ('', row['status']))[1]}"
-    )
-    axes.set_title(
-        style.plain(f"{label}, context {tokens(row['context_tokens'])}{fill}{end}"), loc="left"
-    )
-    axes.set_ylabel("GiB held at its end")
-    axes.grid(axis="x", visible=False)
-
-
-def _bar_totals(axes: Axes, phases: list[str], tops: pd.Series) -> None:
-    for name, top in tops.items():
-        axes.annotate(
-            f"{top:.3g}",
-            (phases.index(str(name)), top),
-            xytext=(0, 2),
-            textcoords="offset points",
-            ha="center",
-            fontsize=6,
-            bbox=style.WHITE_BOX | {"pad": 0.1},
-        )
-    missing = [i for i, name in enumerate(phases) if name not in tops.index]
-    if missing:
-        axes.text(sum(missing) / len(missing), 4, "never reached", ha="center", fontsize=6.5)
-    axes.tick_params("x", labelsize=6)

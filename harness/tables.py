@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
-from harness.runs import clean, frame, lookup, trials
+from harness.runs import clean, dicts, frame, lookup, trials
 from harness.series import is_scale_model, points, scale, series
 from harness.tabular import (
     EMPTY,
@@ -33,17 +34,18 @@ ENDINGS = {
 
 def sweep_table(rows: pd.DataFrame) -> str:
     """Return the trials of a sweep for a terminal: context, fill, end, tokens, bytes, speed."""
-    return sweep(rows).text({"where": 26})
+    return untitled(sweep(rows)).text({"where": 26})
 
 
 def oom_points_table(summary: dict[str, Any]) -> str:
     """Return the three OOM brackets of every strategy for a terminal."""
-    return oom_points(summary).text()
+    return untitled(oom_points(summary)).text()
 
 
 def verdict_table(summary: dict[str, Any]) -> str:
     """Return the verdict on every claim for a terminal."""
-    return verdicts(summary).text({"condition": 60, "claim": 36, "measured": 18, "reported": 18})
+    widths = {"condition": 52, "claim": 34, "measured": 18, "reported": 14, "unit": 14, "basis": 22}
+    return untitled(verdicts(summary)).text(widths)
 
 
 def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
@@ -140,6 +142,11 @@ def _sweep_cells(label: str, row: pd.Series, first: object) -> tuple[str, ...]:
     )
 
 
+def untitled(table: Table) -> Table:
+    """Return the table without its title, for a terminal that prints its own."""
+    return replace(table, title="")
+
+
 def without_empty(table: Table, keep: tuple[str, ...] = ()) -> Table:
     """Return the table without columns that say nothing: all empty, or one model all along."""
     wanted = [
@@ -151,12 +158,10 @@ def without_empty(table: Table, keep: tuple[str, ...] = ()) -> Table:
             and (name != "model" or len({row[i] for row in table.rows}) > 1)
         )
     ]
-    return Table(
-        table.title,
-        tuple(table.columns[i] for i in wanted),
-        tuple(tuple(row[i] for i in wanted) for row in table.rows),
-        table.notes,
-        table.anchors,
+    return replace(
+        table,
+        columns=tuple(table.columns[i] for i in wanted),
+        rows=tuple(tuple(row[i] for i in wanted) for row in table.rows),
     )
 
 
@@ -190,7 +195,6 @@ def oom_points(summary: dict[str, Any]) -> Table:
 
 def verdicts(summary: dict[str, Any]) -> Table:
     """Return a line a claim: verdict, condition, basis, measured beside reported figure."""
-    claims = lookup(summary, "claims", default=[])
     lines = tuple(
         (
             clean(lookup(c, "id", default="")),
@@ -198,13 +202,13 @@ def verdicts(summary: dict[str, Any]) -> Table:
             clean(lookup(c, "verdict", default="")) or EMPTY,
             value(lookup(c, "measured")),
             value(lookup(c, "reported")),
+            clean(lookup(c, "unit", default="")) or EMPTY,
             clean(lookup(c, "basis", default="")) or EMPTY,
             clean(lookup(c, "condition", default="")) or EMPTY,
         )
-        for c in (claims if isinstance(claims, list) else [])
-        if isinstance(c, dict)
+        for c in dicts(summary, "claims")
     )
-    columns = ("id", "claim", "verdict", "measured", "reported", "basis", "condition")
+    columns = ("id", "claim", "verdict", "measured", "reported", "unit", "basis", "condition")
     return without_empty(
         Table("Verdicts on the report's claims", columns, lines), keep=("id", "verdict")
     )
@@ -244,25 +248,6 @@ def planner(rows: pd.DataFrame) -> Table:
     kept = tuple(dict.fromkeys(lines))
     table = Table("Planner beside measurement", columns, kept, note, tuple(first[k] for k in kept))
     return without_empty(table, keep=columns[:6])
-
-
-def peaks(summary: dict[str, Any], factor: float = 1) -> Table:
-    """Return a line a strategy: peak bytes (times ``factor``), decode rate at most tokens."""
-    lines = []
-    for name, one in strategies(summary):
-        decode = [d for d in lookup(one, "decode", default=[]) or [] if isinstance(d, dict)]
-        last = max(decode, key=lambda d: d.get("resident_tokens") or 0, default={})
-        peak = lookup(one, "peak_device_bytes")
-        lines.append(
-            (
-                name,
-                gib(peak * factor) if isinstance(peak, (int, float)) else EMPTY,
-                count(last.get("resident_tokens")),
-                figure_of(last.get("attention_decode_tokens_per_second")),
-            )
-        )
-    columns = ("strategy", ">peak", ">longest timed, tokens", ">decode there, tok/s")
-    return Table("Peaks", columns, tuple(lines), (SPEED_NOTE,))
 
 
 def count(value: object) -> str:

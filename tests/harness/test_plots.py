@@ -7,7 +7,8 @@ import pytest
 
 from harness import style
 from harness.plots import TITLES, draw_run, figures
-from harness.plots_memory import figure_memory, figure_phases, stack_of
+from harness.plots_memory import figure_memory
+from harness.plots_phases import figure_phases, stack_of
 from harness.plots_throughput import figure_throughput
 from harness.runs import RunError, frame
 from harness.series import series

@@ -60,7 +60,6 @@ def test_verdicts_show_measured_beside_reported():
 def test_odd_summaries_make_tables_not_errors(summary):
     assert isinstance(tables.oom_points(summary).text(), str)
     assert isinstance(tables.verdicts(summary).text(), str)
-    assert isinstance(tables.peaks(summary).text(), str)
 
 
 def test_the_planner_stands_beside_the_measurement():
