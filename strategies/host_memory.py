@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE_BYTES = 4096
+_PROT_NONE = 0x0
 _PROT_READ_WRITE = 0x1 | 0x2
 _MAP_PRIVATE_ANONYMOUS_NORESERVE = 0x02 | 0x20 | 0x4000
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -33,6 +34,7 @@ _libc.mmap.argtypes = [
     ctypes.c_int,
     ctypes.c_long,
 ]
+_libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _libc.mincore.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p]
@@ -59,11 +61,19 @@ class HostMapping:
 
     def __init__(self, nbytes: int) -> None:
         self.nbytes = round_up(max(nbytes, 1))
-        address = _libc.mmap(
-            None, self.nbytes, _PROT_READ_WRITE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0
+        # A page without access at either end keeps the kernel from merging neighbours into one
+        # mapping, whose residency smaps could not tell apart.
+        self._outer_bytes = self.nbytes + 2 * PAGE_BYTES
+        outer = _libc.mmap(
+            None, self._outer_bytes, _PROT_NONE, _MAP_PRIVATE_ANONYMOUS_NORESERVE, -1, 0
         )
-        if address is None or address == _MAP_FAILED:
+        if outer is None or outer == _MAP_FAILED:
             raise MemoryError(f"mmap of {self.nbytes} bytes: {os.strerror(ctypes.get_errno())}")
+        address = outer + PAGE_BYTES
+        if _libc.mprotect(address, self.nbytes, _PROT_READ_WRITE):
+            error = ctypes.get_errno()
+            _libc.munmap(outer, self._outer_bytes)
+            raise MemoryError(f"mprotect of {self.nbytes} bytes: {os.strerror(error)}")
         self.address: int = address
         # A huge page would make 2 MiB resident for one touched byte. Kernels without huge pages
         # refuse the advice, and then it is not needed.
@@ -102,7 +112,7 @@ class HostMapping:
         if not self.nbytes:
             return
         self.np = np.empty(0, np.uint8)
-        _libc.munmap(self.address, self.nbytes)
+        _libc.munmap(self.address - PAGE_BYTES, self._outer_bytes)
         self.nbytes = 0
 
 
@@ -114,20 +124,16 @@ def _mincore_bytes(address: int, nbytes: int) -> int:
 
 
 def _smaps_bytes(lo: int, hi: int) -> int:
-    """Resident bytes of [lo, hi) by /proc/self/smaps, whose unit is a whole kernel mapping.
-
-    A kernel mapping may span neighbours of ours; its bytes are then counted up to the part that is
-    inside [lo, hi).
-    """
-    resident, inside = 0, 0
+    """Resident bytes of the kernel mappings inside [lo, hi), by /proc/self/smaps."""
+    resident, inside = 0, False
     with open("/proc/self/smaps") as lines:
         for line in lines:
             head = line.split(maxsplit=2)
             if head[0] == "Rss:" and inside:
-                resident += min(inside, int(head[1]) * 1024)
+                resident += int(head[1]) * 1024
             elif not head[0].endswith(":"):
                 start, end = (int(part, 16) for part in head[0].split("-"))
-                inside = max(0, min(hi, end) - max(lo, start))
+                inside = lo <= start and end <= hi
     return resident
 
 

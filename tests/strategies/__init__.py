@@ -1,0 +1,1 @@
+"""Tests of devices, arenas, the page allocator and the strategies."""
