@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from harness.compose import compose_config, expand
+from harness.compose import GROUPS, compose_config, expand
 from harness.settings import Settings, settings_of
 from harness.sizes import BadValue
 
@@ -42,15 +42,31 @@ def arms_of(config: DictConfig, job: Sequence[str]) -> list[list[str]]:
     if not isinstance(listed, list) or not all(isinstance(a, list) for a in listed):
         raise BadValue("experiment.arms", listed, "a list of lists of overrides")
     axes = [[f"{key}={_word(v)}" for v in values] for key, values in matrix.items()]
-    arms = [[*point, *map(str, arm)] for arm in listed or [[]]
-            for point in itertools.product(*axes)]
+    arms = [
+        [*point, *map(str, arm)] for arm in listed or [[]] for point in itertools.product(*axes)
+    ]
     if len(arms) > MAX_ARMS:
         raise BadValue("experiment", config.experiment.name, f"at most {MAX_ARMS} arms")
-    return [_with_user_words(arm, job) for arm in arms]
+    return [_with_user_words(arm, job) for arm in _chosen(arms, job)]
+
+
+def _chosen(arms: list[list[str]], job: Sequence[str]) -> list[list[str]]:
+    """The arms of the strategy, model, … that the user names; all when none is named."""
+    for word in job:
+        key = word.partition("=")[0]
+        rivals = {w for arm in arms for w in arm if w.partition("=")[0] == key}
+        if key in GROUPS and rivals:
+            arms = [arm for arm in arms if word in arm]
+            if not arms:
+                values = sorted(r.partition("=")[2] for r in rivals)
+                raise BadValue(key, word.partition("=")[2], ", ".join(values))
+    return arms
 
 
 def _word(value: Any) -> str:  # noqa: ANN401
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    return (
+        str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+    )
 
 
 def _with_user_words(arm: Sequence[str], job: Sequence[str]) -> list[str]:

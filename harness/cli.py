@@ -17,8 +17,21 @@ from harness.lock import Busy
 from harness.settings import Settings
 from harness.sizes import BadValue
 
-HYDRA_FLAGS = ("--help", "-h", "--hydra-help", "--cfg", "-c", "--info", "-i", "--version",
-               "--package", "-p", "--resolve", "--shell-completion", "-sc")
+HYDRA_FLAGS = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--version",
+    "--package",
+    "-p",
+    "--resolve",
+    "--shell-completion",
+    "-sc",
+)
 MULTIRUN_FLAGS = ("-m", "--multirun")
 
 

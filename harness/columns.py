@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 IDENTITY = (
-    "run_id trial_id pair_id experiment strategy model hardware device_name scale workload repeat "
-    "seed rank world_size emulated_ranks basis engine_version emulated_version"
+    "run_id trial_id pair_id experiment strategy model hardware device_name scale workload "
+    "repeat seed rank world_size emulated_ranks basis engine_version emulated_version"
 ).split()
 CONFIGURATION = (
     "context_tokens fill sequences kv_dtype page_tokens block_tokens chunk_bytes arena layout "
@@ -28,18 +28,18 @@ MEMORY = (
 TIME = (
     "startup_seconds fill_seconds grow_bytes_per_second grow_stall_us_p50 grow_stall_us_p99 "
     "grow_events attention_decode_step_ms attention_decode_step_ms_iqr "
-    "attention_decode_tokens_per_second attention_decode_bytes_per_second prefill_chunk_tokens "
-    "attention_prefill_chunk_ms attention_prefill_tokens_per_second "
+    "attention_decode_tokens_per_second attention_decode_bytes_per_second "
+    "prefill_chunk_tokens attention_prefill_chunk_ms attention_prefill_tokens_per_second "
     "attention_prefill_flops_per_second wall_seconds"
 ).split()
 # Ours beside the contract: what a trial was for, its options, its samples and how it differs from
 # the plan. `purpose` is point, bracket or resident; `admitted` says what can_admit(context) said.
 EXTRA = (
-    "purpose strategy_options growth release admitted decode_samples prefill_samples "
-    "gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "
-    "prefill_model_residual predicted_status predicted_off_by tolerance_bytes unexplained_phase "
-    "sequences_admitted sequences_refused sequences_preempted reserved_share internal_share "
-    "external_share live_share error started_utc"
+    "purpose hybrid read_weights strategy_options growth release admitted decode_samples "
+    "prefill_samples gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "
+    "prefill_model_residual predicted_status predicted_off_by tolerance_bytes "
+    "unexplained_phase sequences_admitted sequences_refused sequences_preempted "
+    "reserved_share internal_share external_share live_share error started_utc"
 ).split()
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
@@ -66,9 +66,10 @@ _TEXT = frozenset(
     (
         "run_id trial_id pair_id experiment strategy model hardware device_name workload basis "
         "engine_version emulated_version kv_dtype arena layout table_order kernel_variant "
-        "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by purpose "
-        "strategy_options growth release kv_scales prefill_kernel_variant predicted_status "
-        "predicted_off_by unexplained_phase error started_utc phase allocation admitted"
+        "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
+        "purpose strategy_options growth release kv_scales prefill_kernel_variant "
+        "predicted_status read_weights predicted_off_by unexplained_phase error started_utc phase "
+        "allocation admitted"
     ).split()
 )
 

@@ -112,8 +112,11 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     parsed = parse_overrides(overrides)
     for override in parsed:
         if override.get_key_element().startswith("hydra."):
-            raise BadValue(override.get_key_element(), override.get_value_string(),
-                           "the harness's own keys; Hydra's are for its launchers with -m")
+            raise BadValue(
+                override.get_key_element(),
+                override.get_value_string(),
+                "the harness's own keys; Hydra's are for its launchers with -m",
+            )
     try:
         return _composed(overrides)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:

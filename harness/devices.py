@@ -26,11 +26,10 @@ def open_device(settings: Settings, ledger: Ledger, purpose: str) -> Device:
             name=f"scale model of {settings.hardware.device_name}",
         )
         ledger.device = host
-        host.allocate(
-            "context", "cuda_context", -(-settings.hardware.context_bytes // host.scale)
-        )
+        host.allocate("context", "cuda_context", -(-settings.hardware.context_bytes // host.scale))
         return host
     from kernels.warm import warm_up
+
     from strategies.device_cuda import CudaDevice
 
     capacity = settings.hardware.capacity_bytes

@@ -115,7 +115,11 @@ class Filler:
 
 
 def plant_needles(
-    strategy: Strategy, content: Content, group_index: int, sequence: int, layer: int,
+    strategy: Strategy,
+    content: Content,
+    group_index: int,
+    sequence: int,
+    layer: int,
     positions: Sequence[int],
 ) -> None:
     """Overwrite single tokens through the scattered append."""

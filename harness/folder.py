@@ -114,15 +114,15 @@ class RunFolder:
     def add(self, outcome: Outcome) -> list[Row]:
         """Append a trial's records; the rows last, since they commit it."""
         rows = [ordered({**r, "run_id": self.run_id}) for r in outcome.rows]
-        timeline = [{**t, "run_id": self.run_id, "rank": t.get("rank", 0)} for t in outcome.timeline]
+        timeline = [
+            {**t, "run_id": self.run_id, "rank": t.get("rank", 0)} for t in outcome.timeline
+        ]
         self._guard(lambda: self._append(rows, timeline, outcome.samples))
         self.rows += rows
         shutil.rmtree(self.scratch, ignore_errors=True)
         return rows
 
-    def _append(
-        self, rows: Sequence[Row], timeline: Sequence[Row], samples: Sequence[Row]
-    ) -> None:
+    def _append(self, rows: Sequence[Row], timeline: Sequence[Row], samples: Sequence[Row]) -> None:
         _append_csv(self.path / "timeline.csv", TIMELINE_COLUMNS, timeline)
         _append_lines(self.path / "samples.jsonl", (json.dumps(s) + "\n" for s in samples))
         _append_csv(self.path / "trials.csv", COLUMNS, rows)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MAX_RELATIVE_RMS = 5e-2
 MAX_LSE_ERROR = 5e-3
 NEEDLES = 6
-PREFILL_SAMPLE_TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -70,9 +69,7 @@ class Gate:
         rms = math.sqrt(self._squares[0] / self._squares[1]) if self._squares[1] else math.nan
         return GateResult(rms, self._lse, *variants)
 
-    def _plant(
-        self, index: int, content: Content, sequence: int, layer: int, tokens: int
-    ) -> None:
+    def _plant(self, index: int, content: Content, sequence: int, layer: int, tokens: int) -> None:
         first = content.group.window_start(tokens)
         span = tokens - first
         spots = {first + span * i // NEEDLES for i in range(NEEDLES)} | {tokens - 1}
@@ -90,29 +87,27 @@ class Gate:
         g = view.geometry
         head = layer % g.kv_heads
         mine = slice(head * g.group, (head + 1) * g.group)
-        reference = _Reference(content, sequence, layer, head, self._buffers(g.head_dim, g.group))
+        asked: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
         plan = ops.plan_decode(view, self.settings.hardware.sm_count)
-        last = [tokens - 1]
         needles = content.needles[(sequence, layer)]
         for q in (self._random_queries(view, 1), self._needle_queries(view, needles)):
             out, lse = ops.decode(view, layer, q, plan)
-            self._compare(reference, q[0, mine], last * g.group, out[0, mine], lse[0, mine])
+            asked.append((q[0, mine], tokens - 1, out[0, mine], lse[0, mine]))
         chunk = min(self.settings.trial.prefill_chunk_tokens, tokens - view.starts[0])
         q = self._random_queries(view, chunk)
-        prefill = ops.plan_prefill(
-            view, 0, tokens - chunk, chunk, self.settings.hardware.sm_count
-        )
+        prefill = ops.plan_prefill(view, 0, tokens - chunk, chunk, self.settings.hardware.sm_count)
         out, lse = ops.prefill(view, layer, q, prefill)
-        for t in sorted({0, chunk // 2, chunk - 1})[:PREFILL_SAMPLE_TOKENS]:
-            at = [tokens - chunk + t] * g.group
-            self._compare(reference, q[t, mine], at, out[t, mine], lse[t, mine])
+        for t in sorted({0, chunk // 2, chunk - 1}):
+            asked.append((q[t, mine], tokens - chunk + t, out[t, mine], lse[t, mine]))
+        buffers = self._buffers(g.head_dim, g.group * len(asked))
+        self._compare(_Reference(content, sequence, layer, head, buffers), asked)
         return plan.variant, prefill.variant
 
-    def _buffers(self, head_dim: int, group: int) -> dict[str, torch.Tensor]:
+    def _buffers(self, head_dim: int, rows: int) -> dict[str, torch.Tensor]:
         import torch
 
         shapes = {"k": (BANK_TOKENS, head_dim), "v": (BANK_TOKENS, head_dim)}
-        shapes |= {"k2": shapes["k"], "v2": shapes["v"], "s": (group, BANK_TOKENS)}
+        shapes |= {"k2": shapes["k"], "v2": shapes["v"], "s": (rows, BANK_TOKENS)}
         if self.settings.on_host:
             return {n: torch.empty(s, dtype=torch.float64) for n, s in shapes.items()}
         flat = self.workspace.buffers["gate"].u8.view(torch.float64)
@@ -141,15 +136,19 @@ class Gate:
     def _compare(
         self,
         reference: _Reference,
-        q: torch.Tensor,
-        positions: list[int],
-        out: torch.Tensor,
-        lse: torch.Tensor,
+        asked: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]],
     ) -> None:
-        want, want_lse = reference.attention(q.double(), positions)
-        self._squares[0] += (out.double() - want).square().sum().item()
+        """Compare (queries, position, output, LSE) of several steps in one pass of float64."""
+        import torch
+
+        queries = torch.cat([q.double() for q, *_ in asked])
+        positions = [position for q, position, *_ in asked for _ in range(len(q))]
+        want, want_lse = reference.attention(queries, positions)
+        out = torch.cat([o.double() for *_, o, _ in asked])
+        lse = torch.cat([x.double() for *_, x in asked])
+        self._squares[0] += (out - want).square().sum().item()
         self._squares[1] += want.square().sum().item()
-        worst = (lse.double() - want_lse).abs().max().item()
+        worst = (lse - want_lse).abs().max().item()
         self._lse = max(self._lse, worst) if worst == worst else math.nan
 
 
@@ -169,9 +168,7 @@ class _Reference:
         for name, bank in (("k", content.k_bank), ("v", content.v_bank)):
             buffers[name].copy_(stored_values(bank[:, head], content.group.geometry.kv_dtype))
 
-    def attention(
-        self, q: torch.Tensor, positions: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def attention(self, q: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Output ``[R, D]`` and base-2 LSE ``[R]`` of rows that see tokens up to ``positions``."""
         import torch
 

@@ -85,9 +85,7 @@ def _text(value: str | bytes) -> str:
 def known_device(name: str) -> DictConfig:
     """The file of conf/hardware/ that describes a device."""
     path = conf_dir() / "hardware" / f"{name}.yaml"
-    devices = sorted(
-        p.stem for p in path.parent.glob("*.yaml") if "total_bytes" in p.read_text()
-    )
+    devices = sorted(p.stem for p in path.parent.glob("*.yaml") if "total_bytes" in p.read_text())
     if name not in devices:
         raise BadValue("hardware.models", name, ", ".join(devices))
     loaded = OmegaConf.load(path)

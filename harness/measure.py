@@ -64,9 +64,7 @@ def _raw(samples: Samples) -> dict[str, Any]:
     return {"ms": list(samples.ms), "warmup_ms": samples.warmup_ms}
 
 
-def _decode_columns(
-    strategy: Strategy, sequences: list[int], decode: Samples
-) -> dict[str, Any]:
+def _decode_columns(strategy: Strategy, sequences: list[int], decode: Samples) -> dict[str, Any]:
     seconds = decode.median_ms / 1e3
     read = sum(
         v.geometry.token_bytes * (length - start)
@@ -88,9 +86,7 @@ def _prefill_columns(
     seconds = prefill.median_ms / 1e3
     flops = sum(
         v.geometry.layers
-        * prefill_flops(
-            v.geometry.q_heads, v.geometry.head_dim, tokens - chunk, chunk, v.starts[0]
-        )
+        * prefill_flops(v.geometry.q_heads, v.geometry.head_dim, tokens - chunk, chunk, v.starts[0])
         for v in strategy.batch([sequence])
     )
     return {

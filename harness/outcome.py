@@ -10,8 +10,13 @@ from harness.folder import RunFolder
 from harness.settings import Settings
 from harness.sizes import tokens_text
 
-OTHER = {"static": "paged", "paged": "static", "eager_pages": "static", "sglang": "vllm",
-         "vllm": "sglang"}
+OTHER = {
+    "static": "paged",
+    "paged": "static",
+    "eager_pages": "static",
+    "sglang": "vllm",
+    "vllm": "sglang",
+}
 
 
 def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -> list[Path]:

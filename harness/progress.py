@@ -21,6 +21,7 @@ class Progress:
             unit="trial",
             file=sys.stderr,
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 2.0,
             bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} trials [{elapsed}<{remaining}] {postfix}",
         )
 
@@ -30,7 +31,7 @@ class Progress:
 
     def record(self, record: dict[str, Any]) -> None:
         """Show the phase of the trial in hand."""
-        if record["type"] == "timeline":
+        if record["type"] == "timeline" and sys.stderr.isatty():
             row = record["row"]
             self.bar.set_postfix_str(f"{row['phase']}: {row['allocation']}", refresh=False)
             self.bar.refresh()

@@ -30,8 +30,9 @@ def now_utc() -> str:
 
 def config_hash(settings: list[Settings]) -> str:
     """Hash of every resolved configuration of a run, results folder aside."""
-    content = [{k: v for k, v in to_json(s).items() if k not in ("results", "overrides")}
-               for s in settings]
+    content = [
+        {k: v for k, v in to_json(s).items() if k not in ("results", "overrides")} for s in settings
+    ]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 

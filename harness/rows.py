@@ -53,6 +53,8 @@ def identity(cell: Cell, extra: Row) -> Row:
         "kv_bytes_per_token": model.token_bytes,
         "capacity_bytes": s.device_bytes,
         "purpose": cell.purpose,
+        "hybrid": int(s.model.hybrid),
+        "read_weights": s.trial.read_weights,
         "strategy_options": json.dumps(options, sort_keys=True),
         "growth": options.get("growth"),
         "release": options.get("release"),

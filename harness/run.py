@@ -80,7 +80,9 @@ class Run:
             extra = {"experiment": cells[0].settings.experiment}
             job = Job(missing, extra | forecast.columns(missing[0]))
             outcome = run_job(job, self.folder.scratch, self.progress.record)
-            outcome.rows = [forecast.with_deviation(r, c) for r, c in _paired(outcome.rows, missing)]
+            outcome.rows = [
+                forecast.with_deviation(r, c) for r, c in _paired(outcome.rows, missing)
+            ]
             for row in self.folder.add(outcome):
                 have[str(row["trial_id"])] = row
                 self.on_row(row)
@@ -94,11 +96,11 @@ class Run:
         if starts.ok is None:
             return
         for repeat in range(settings.bracket_repeats):
-            self.rows_of([Cell(settings, starts.ok, purpose="resident", timing=False, repeat=repeat)])
+            self.rows_of(
+                [Cell(settings, starts.ok, purpose="resident", timing=False, repeat=repeat)]
+            )
 
-    def _bracket(
-        self, settings: Settings, guess: int, verdict: Callable[[Row], str]
-    ) -> Bracket:
+    def _bracket(self, settings: Settings, guess: int, verdict: Callable[[Row], str]) -> Bracket:
         group = settings.full_model().groups[0]
         chunk_tokens = group.pages_per_chunk * group.geometry.page_tokens
         chunk_tokens *= settings.parallel.context_ranks

@@ -44,9 +44,7 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
     print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))
 
 
-def _begin(
-    folder: RunFolder, settings: list[Settings], words: list[str], experiment: str
-) -> None:
+def _begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
     manifest = folder.manifest()
     if manifest:
         manifest["attempts"] += [{"started_utc": provenance.now_utc()}]
@@ -78,7 +76,7 @@ def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
     from harness.outcome import draw, tell
 
     summary: dict[str, Any] = summarise(folder.rows, [])
-    summary["claims"] = decide(folder.rows, settings, summary["strategies"])
+    summary["claims"] = decide(folder.rows)
     folder.write_json("summary.json", summary)
     manifest = folder.manifest()
     manifest["gpus_after"] = provenance.gpus()

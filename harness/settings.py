@@ -196,9 +196,7 @@ def _parallel(conf: DictConfig) -> Parallel:
     _range("parallel.processes", conf.processes, 1, conf.ranks)
     if conf.ranks % conf.context_ranks:
         raise BadValue("parallel.context_ranks", conf.context_ranks, f"a divisor of {conf.ranks}")
-    return Parallel(
-        str(conf.kind), int(conf.ranks), int(conf.context_ranks), int(conf.processes)
-    )
+    return Parallel(str(conf.kind), int(conf.ranks), int(conf.context_ranks), int(conf.processes))
 
 
 def _strategy_options(conf: DictConfig) -> dict[str, Any]:
@@ -223,7 +221,9 @@ def _strategy_options(conf: DictConfig) -> dict[str, Any]:
 
 
 def _trial(conf: DictConfig, on_host: bool) -> TrialOptions:
-    _choice("trial.arena", conf.arena, ("auto", "mmap") if on_host else ("auto", "mapped", "malloc"))
+    _choice(
+        "trial.arena", conf.arena, ("auto", "mmap") if on_host else ("auto", "mapped", "malloc")
+    )
     _choice("trial.table_order", conf.table_order, ("identity", "shuffled"))
     _choice("trial.read_weights", conf.read_weights, ("none", "device", "offload"))
     if conf.page_tokens not in PAGE_TOKENS:
@@ -272,8 +272,10 @@ def _numbers(value: object, key: str, low: float, allowed: str) -> list[float]:
 
 def _contexts(conf: DictConfig, context: int) -> tuple[int, ...]:
     if conf.contexts is not None:
-        found = [parse_tokens(_scalar(c, "sweep.contexts"), "sweep.contexts")
-                 for c in _items(conf.contexts, "sweep.contexts")]
+        found = [
+            parse_tokens(_scalar(c, "sweep.contexts"), "sweep.contexts")
+            for c in _items(conf.contexts, "sweep.contexts")
+        ]
     else:
         shares = _numbers(conf.points, "sweep.points", 1e-9, "numbers above 0, up to 1")
         found = [max(1, math.floor(context * s)) for s in shares]
@@ -312,3 +314,10 @@ def from_json(data: dict[str, Any]) -> Settings:
         fills=None if data["fills"] is None else tuple(data["fills"]),
         overrides=tuple(data["overrides"]),
     )
+
+
+def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float = 1.0) -> Any:  # noqa: ANN401
+    """See :func:`harness.forecast.plan_spec`."""
+    from harness.forecast import plan_spec as made
+
+    return made(settings, context_tokens, fill)

@@ -16,7 +16,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 
 
-class BadValue(ValueError):  # noqa: N818  (read as a sentence: raise BadValue(key, value, allowed))
+class BadValue(ValueError):
     """A key's value that is not allowed; its message is the one line that a user reads."""
 
     def __init__(self, key: str, value: object, allowed: str) -> None:

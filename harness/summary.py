@@ -12,8 +12,8 @@ SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
-    "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena table_order "
-    "capacity_bytes emulated_ranks world_size workload"
+    "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena "
+    "table_order capacity_bytes emulated_ranks world_size workload hybrid read_weights"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
@@ -94,8 +94,14 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     A refused fill gives both ends: pages are added one by one until one more is refused. When
     start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
     """
-    filled = [r for r in rows if r.get("resident_tokens") is not None and r["sequences"] == 1
-              and started(r) == "ok" and r["purpose"] != "bracket"]
+    filled = [
+        r
+        for r in rows
+        if r.get("resident_tokens") is not None
+        and r["sequences"] == 1
+        and started(r) == "ok"
+        and r["purpose"] != "bracket"
+    ]
     if not filled:
         return {"ok": None, "not_ok": None, "limited_by": ""}
     ok = max(int(r["resident_tokens"]) for r in filled)

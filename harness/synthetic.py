@@ -44,9 +44,7 @@ class Content:
     v_bank: torch.Tensor
     needles: dict[tuple[int, int], dict[int, Needle]] = field(default_factory=dict)
 
-    def pieces(
-        self, sequence: int, layer: int, lo: int, hi: int
-    ) -> Iterator[tuple[int, int, int]]:
+    def pieces(self, sequence: int, layer: int, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
         """Tokens [lo, hi) as runs (first token, bank lo, bank hi) that are contiguous in the bank."""
         at = lo
         while at < hi:

@@ -24,8 +24,9 @@ FLOAT64 = 8
 
 def workspace_items(settings: Settings) -> list[tuple[str, int]]:
     """Name and bytes of every buffer of a rank's workspace, on the (modelled) device."""
-    from kernels.config import decode_scratch_bytes
     from kernels.prefill_plan import prefill_scratch_bytes
+
+    from kernels.config import decode_scratch_bytes
 
     tokens = (
         MODELLED_PREFILL_CHUNK_TOKENS if settings.on_host else settings.trial.prefill_chunk_tokens

@@ -1,0 +1,227 @@
+"""Rules about the engines' code, over rows of ``strategy=sglang`` and ``strategy=vllm``.
+
+Rows of really started engines (``engine_version`` filled) count before emulated ones.
+"""
+
+from __future__ import annotations
+
+from harness.evidence import (
+    CONDITIONAL,
+    MILLIONS_10,
+    REFUTED,
+    SUPPORTED,
+    Evidence,
+    Verdict,
+    admits,
+    gib_of,
+    option,
+    starts,
+    token_kib,
+    undecided,
+)
+from harness.rows import Row
+
+SHORT_CONTEXT = 131_072
+SAME_POOL = 0.02
+RUN = "experiment=root_cause"
+SMALL_REST_GIB = 4.0  # what the report says that vLLM holds at start-up
+
+
+def _default_flags(row: Row) -> bool:
+    keys = (
+        "max_running_requests",
+        "disable_cuda_graph",
+        "mem_fraction_static",
+        "cuda_graph_max_bs",
+    )
+    return not any(option(row, k) for k in keys)
+
+
+def _real_first(rows: list[Row]) -> list[Row]:
+    real = [r for r in rows if r.get("engine_version")]
+    return real or rows
+
+
+def _pool_bytes(row: Row) -> int:
+    """The KV pool that a start made, or asked for when it failed there."""
+    if starts(row):
+        return int(row["kv_reserved_bytes"])
+    return int(row["oom_requested_bytes"]) if row["oom_phase"] == "pool" else 0
+
+
+def sglang_pool_by_context(evidence: Evidence) -> Verdict:
+    """C9: SGLang's pool and its table at a short context and at 10M."""
+    pairs = []
+    for model in {r["model"] for r in evidence.of("sglang")}:
+        short = evidence.of("sglang", _default_flags, model=model, context_tokens=SHORT_CONTEXT)
+        long = evidence.of("sglang", _default_flags, model=model, context_tokens=MILLIONS_10)
+        pairs += [(s, t) for s in _real_first(short)[:1] for t in _real_first(long)[:1]]
+    pairs = [(s, t) for s, t in pairs if _pool_bytes(s) and _pool_bytes(t)]
+    if not pairs:
+        return undecided(RUN)
+    rows = tuple(r for pair in pairs for r in pair)
+    ratios = [_pool_bytes(t) / _pool_bytes(s) for s, t in pairs]
+    tokens = [round(_pool_bytes(t) / t["kv_bytes_per_token"]) for _, t in pairs]
+    table = max(gib_of(t, "tables_bytes") for _, t in pairs)
+    before = max(gib_of(s, "tables_bytes") for s, _ in pairs)
+    grown = max(abs(r - 1) for r in ratios) > SAME_POOL
+    failing = {t["oom_allocation"] for _, t in pairs if not starts(t)}
+    return Verdict(
+        CONDITIONAL if grown else REFUTED,
+        f"the pool is the same ({', '.join(f'{n:,}' for n in sorted(set(tokens)))} tokens); what "
+        f"grows with context is the request-to-token table, from {before:.2f} to {table:.2f} GiB"
+        + (f", and then {', '.join(sorted(failing))} no longer fits" if failing else "")
+        if not grown
+        else "the pool's size changes with context",
+        rows,
+        round(max(ratios, key=lambda r: abs(r - 1)), 4),
+    )
+
+
+def vllm_preallocates(evidence: Evidence) -> Verdict:
+    """C10: what vLLM holds at ready, whatever the context."""
+    rows = [r for r in _real_first(evidence.of("vllm", starts)) if not r["resident_tokens"]]
+    if not rows:
+        return undecided(RUN)
+    least = min(rows, key=lambda r: gib_of(r, "kv_committed_bytes"))
+    pool, held = gib_of(least, "kv_committed_bytes"), gib_of(least, "peak_device_bytes")
+    weights = gib_of(least, "weights_bytes")
+    if held - weights > SMALL_REST_GIB and pool > held / 2:
+        return Verdict(
+            REFUTED,
+            f"the whole pool ({pool:.1f} GiB at the least) is allocated and zeroed at start-up; on "
+            "demand is only which block belongs to which request",
+            tuple(rows),
+            round(held, 2),
+        )
+    return Verdict(
+        SUPPORTED, "little more than weights is held at ready", tuple(rows), round(held, 2)
+    )
+
+
+def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
+    """C11: vLLM at 10M, by the K/V cost of a token and the hybrid manager."""
+    rows = _real_first(evidence.of("vllm", context_tokens=MILLIONS_10))
+    costs = {(r["model"], token_kib(r)) for r in rows}
+    if len(costs) < 2:
+        return undecided(f"{RUN} (vLLM at 24 and at 12 KiB a token)")
+    good = [r for r in rows if starts(r)]
+    bad = [r for r in rows if not starts(r)]
+    if not bad or not good:
+        return Verdict(
+            SUPPORTED if good else REFUTED,
+            "in every configuration that was run",
+            tuple(rows),
+            "starts" if good else "refused",
+        )
+    return Verdict(
+        CONDITIONAL,
+        "starts: "
+        + "; ".join(sorted({_named(r) for r in good}))
+        + ". Does not: "
+        + "; ".join(sorted({_named(r) for r in bad})),
+        tuple(rows),
+        f"{len(good)} of {len(rows)} configurations start",
+    )
+
+
+def _named(row: Row) -> str:
+    hybrid = "hybrid" if row.get("hybrid") else "flat"
+    utilization = option(row, "gpu_memory_utilization") or "default"
+    return f"{row['model']} {hybrid} ({token_kib(row):g} KiB a token, utilization {utilization})"
+
+
+def graphs_off(evidence: Evidence) -> Verdict:
+    """C13: peak of a start with CUDA graphs, less that of the same start without."""
+    saved: dict[str, float] = {}
+    used: list[Row] = []
+    rows = [r for r in evidence.of("sglang") if starts(r)]
+    for on in [r for r in rows if not option(r, "disable_cuda_graph")]:
+        for off in [r for r in rows if option(r, "disable_cuda_graph")]:
+            same = ("model", "context_tokens", "capacity_bytes", "emulated_version")
+            flags = ("max_running_requests", "mem_fraction_static")
+            if all(on[k] == off[k] for k in same) and all(
+                option(on, k) == option(off, k) for k in flags
+            ):
+                what = f"{on['model']}, {on['context_tokens']:,} tokens"
+                requests = option(on, "max_running_requests")
+                what += f", max_running_requests {requests or 'default'}"
+                saved[what] = gib_of(on, "peak_device_bytes") - gib_of(off, "peak_device_bytes")
+                used += [on, off]
+    if not saved:
+        return undecided(f"{RUN} (SGLang with and without CUDA graphs)")
+    low, high = min(saved.values()), max(saved.values())
+    inside = [what for what, g in saved.items() if 4 <= g * 1.0737 <= 10]
+    verdict = SUPPORTED if len(inside) == len(saved) else CONDITIONAL if inside else REFUTED
+    text = (
+        f"{low:.2f} to {high:.2f} GiB, by context and graph batch size; where 10M fails, turning "
+        "graphs off does not make it start"
+        if not _off_starts_more(evidence)
+        else f"{low:.2f} to {high:.2f} GiB; turning graphs off makes one more context start"
+    )
+    return Verdict(verdict, text, tuple(used), round(high, 2))
+
+
+def _off_starts_more(evidence: Evidence) -> bool:
+    failing = [
+        r
+        for r in evidence.of("sglang", _default_flags, context_tokens=MILLIONS_10)
+        if not starts(r)
+    ]
+    off = evidence.of("sglang", context_tokens=MILLIONS_10, disable_cuda_graph=True)
+    return any(
+        starts(o) and option(o, "max_running_requests") is None and o["model"] == r["model"]
+        for r in failing
+        for o in off
+    )
+
+
+def few_requests_start(evidence: Evidence) -> Verdict:
+    """C18: SGLang at 10M with 16 running requests, beside default flags."""
+    few = _real_first(evidence.of("sglang", context_tokens=MILLIONS_10, max_running_requests=16))
+    few = [r for r in few if not option(r, "disable_cuda_graph")]
+    default = _real_first(evidence.of("sglang", _default_flags, context_tokens=MILLIONS_10))
+    if not few or not default:
+        return undecided(RUN)
+    if not all(map(starts, few)) or all(map(starts, default)):
+        return Verdict(REFUTED, "the flag does not decide it", tuple(few + default))
+    short = sorted(
+        {
+            f"{token_kib(r):g} KiB a token (room for "
+            f"{r['kv_reserved_bytes'] // r['kv_bytes_per_token']:,})"
+            for r in few
+            if not admits(r)
+        }
+    )
+    note = f"; a request of 10M is still not admitted at {', '.join(short)}" if short else ""
+    table = max(gib_of(r, "tables_bytes") for r in few)
+    return Verdict(
+        SUPPORTED,
+        f"its table is then {table:.2f} GiB{note}",
+        tuple(few + default),
+        "starts",
+    )
+
+
+def choose_vllm(evidence: Evidence) -> Verdict:
+    """C17: the conclusion stands or falls with C9, C10, C11 and C18."""
+    parts = {
+        "C9": sglang_pool_by_context(evidence),
+        "C10": vllm_preallocates(evidence),
+        "C11": vllm_supports_ten_million(evidence),
+        "C18": few_requests_start(evidence),
+    }
+    missing = [k for k, v in parts.items() if v.verdict == "undecided"]
+    if missing:
+        return undecided(f"{RUN} ({', '.join(missing)} are undecided)")
+    rows = tuple(r for v in parts.values() for r in v.rows)
+    if parts["C9"].verdict == SUPPORTED and parts["C10"].verdict == SUPPORTED:
+        return Verdict(SUPPORTED, "its allocation is dynamic and SGLang's is not", rows)
+    decides = "the K/V bytes a token and the running requests decide"
+    if parts["C18"].verdict == SUPPORTED:
+        decides += ": with 16 of them SGLang starts at 10M too"
+    return Verdict(
+        CONDITIONAL,
+        f"not for its allocation: both engines allocate their pool at start-up; {decides}",
+        rows,
+    )

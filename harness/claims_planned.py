@@ -1,0 +1,114 @@
+"""Rules that formulas decide: the planner, and an engine's source at a named version."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from harness.evidence import CONDITIONAL, REFUTED, SUPPORTED, Evidence, Verdict, undecided
+from harness.forecast import plan_spec, points
+from harness.options import engine_model
+from harness.settings import Settings, compose_settings
+from strategies.engine_model import nvml_total_mib
+from strategies.sglang_flags import VERSIONS, SGLangFlags, resolve
+
+REPORTED_TOKEN_KIB = 24.0
+ROUNDING_MIB = 150.0
+H200 = ("hardware=h200", "context=100M")
+
+
+def _planned(*words: str) -> Settings:
+    return compose_settings([*H200, *words], planning=True)
+
+
+def reserve_formula(evidence: Evidence) -> Verdict:
+    """C8: what each SGLang version reserves of an H200, and how it moves with the prefill chunk."""
+    chunk, graph_bs = 8192, 256
+    formula = 1.5 * chunk + 2 * graph_bs
+    reserves = {v: _reserved_mib(v, chunk, graph_bs) for v in VERSIONS}
+    moved = {v: _reserved_mib(v, 2 * chunk, graph_bs) - r for v, r in reserves.items()}
+    # The fraction is rounded to three decimals (144 MiB), and 0.5.12 adds 8 MiB a graph size.
+    with_term = [v for v, d in moved.items() if 0.9 < d / (1.5 * chunk) < 1.2]
+    exact = [v for v, r in reserves.items() if abs(r - formula) < ROUNDING_MIB]
+    verdict = SUPPORTED if len(exact) == len(reserves) else CONDITIONAL if with_term else REFUTED
+    return Verdict(
+        verdict,
+        f"the term 1.5 x chunked_prefill stands in {', '.join(with_term) or 'no version'}, beside "
+        f"further terms; at chunked_prefill 8192 and graph_bs 256 it gives {formula:,.0f} MiB, the "
+        "versions reserve " + ", ".join(f"{r:,.0f} ({v})" for v, r in reserves.items()),
+        measured=formula,
+        basis="source, SGLang " + ", ".join(reserves),
+    )
+
+
+def _reserved_mib(version: str, chunk: int, graph_bs: int) -> float:
+    """``1 - mem_fraction_static`` of an H200, in MiB, at 8 ranks."""
+    settings = _planned("strategy=sglang", "model=report")
+    total = settings.hardware.total_bytes
+    model = replace(engine_model(settings), tensor_parallel=8)
+    flags = SGLangFlags(version=version, chunked_prefill_size=chunk, cuda_graph_max_bs=graph_bs)
+    return (1 - resolve(model, flags, total).mem_fraction_static) * nvml_total_mib(total)
+
+
+def weight_offload(evidence: Evidence) -> Verdict:
+    """C15: tokens that a static pool gains when no weights are on the device."""
+    settings = _planned("strategy=static", "model=report")
+    here = points(settings).startup.ok or 0
+    bare = replace(settings, model=replace(settings.model, weights_bytes=1))
+    gained = (points(bare).startup.ok or 0) - here
+    offloaded = [r for r in evidence.rows if "offload" in str(r.get("read_weights") or "")]
+    timed = [r for r in offloaded if r.get("attention_decode_step_ms") is not None]
+    price = (
+        f"; a decode step then takes {timed[0]['attention_decode_step_ms']:.1f} ms"
+        if timed
+        else "; what it costs in step time: run experiment=remedies"
+    )
+    return Verdict(
+        CONDITIONAL if gained > 0 else REFUTED,
+        f"it frees {settings.model.weights_bytes / 2**30:.0f} GiB, {gained:,} tokens on top of "
+        f"{here:,}: 10M still does not start{price}",
+        tuple(timed),
+        gained,
+        "planned",
+    )
+
+
+def context_parallelism(evidence: Evidence) -> Verdict:
+    """C19: tokens of one sequence over 8 ranks, heads split against pages split."""
+    gains = {}
+    for model in ("llama4_scout", "qwen3_30b_a3b", "qwen3_next_80b"):
+        words = (f"model={model}", "strategy=paged", "context=1G")
+        tp = points(_planned(*words)).resident.ok or 0
+        split = _planned(*words, "parallel=context")
+        per_rank = points(split).resident.ok or 0
+        gains[model] = per_rank * split.parallel.context_ranks / tp if tp else 0.0
+    text = ", ".join(f"{m} {g:.2f}x" for m, g in gains.items())
+    more = [g for g in gains.values() if g > 1.05]
+    verdict = SUPPORTED if len(more) == len(gains) else CONDITIONAL if more else REFUTED
+    return Verdict(
+        verdict,
+        f"by the replication factor of the KV heads and no more: {text}",
+        measured=round(max(gains.values()), 2),
+        basis="planned",
+    )
+
+
+def fp8_cost(evidence: Evidence) -> Verdict:
+    """C20: K/V bytes a token on each of 8 ranks, for every listed model and both dtypes."""
+    cost: dict[tuple[str, str], float] = {}
+    for model in ("llama4_scout", "qwen3_30b_a3b", "qwen3_next_80b"):
+        for dtype in ("fp8_e4m3", "bf16"):
+            spec = plan_spec(_planned(f"model={model}", f"model.kv_dtype={dtype}"))
+            if spec.model is None:
+                return undecided("harness.plan")
+            cost[model, dtype] = spec.model.token_bytes / 1024
+    fp8 = {m: c for (m, d), c in cost.items() if d == "fp8_e4m3"}
+    as_bf16 = [m for (m, d), c in cost.items() if d == "bf16" and c == REPORTED_TOKEN_KIB]
+    hit = [m for m, c in fp8.items() if c == REPORTED_TOKEN_KIB]
+    return Verdict(
+        SUPPORTED if len(hit) == len(fp8) else CONDITIONAL if hit else REFUTED,
+        "in FP8 "
+        + ", ".join(f"{m} {c:g}" for m, c in fp8.items())
+        + f" KiB; 24 KiB is the BF16 cost of {' and '.join(as_bf16) or 'none of them'}",
+        measured=max(fp8.values()),
+        basis="arithmetic",
+    )

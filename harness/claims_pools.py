@@ -1,0 +1,253 @@
+"""Rules about the report's two ideas: the static pool and the pool paged on demand."""
+
+from __future__ import annotations
+
+from harness.evidence import (
+    CONDITIONAL,
+    MILLIONS_10,
+    REFUTED,
+    SUPPORTED,
+    Evidence,
+    Verdict,
+    admits,
+    gib_of,
+    option,
+    scale,
+    starts,
+    token_kib,
+    undecided,
+    whole_context,
+)
+from harness.rows import Row
+
+REPORTED_GB_FOR_10M = 182.0
+SAME = 0.01  # resident tokens of two strategies within 1 % are the same
+RUN_CLAIMS = "experiment=claims"
+
+
+def _by_token_cost(rows: list[Row]) -> dict[float, list[Row]]:
+    out: dict[float, list[Row]] = {}
+    for row in rows:
+        out.setdefault(token_kib(row), []).append(row)
+    return dict(sorted(out.items()))
+
+
+def _costs(costs: list[float]) -> str:
+    return " and ".join(f"{c:g} KiB a token" for c in costs)
+
+
+def static_cannot_start(evidence: Evidence) -> Verdict:
+    """C1: static at 10M, split by the K/V cost of a token."""
+    rows = evidence.of("static", whole_context, context_tokens=MILLIONS_10)
+    by_cost = _by_token_cost(rows)
+    bad = [c for c, own in by_cost.items() if not any(map(starts, own))]
+    good = [c for c, own in by_cost.items() if all(map(starts, own))]
+    if len(by_cost) < 2:
+        return undecided(f"{RUN_CLAIMS} (10M static at 24 and at 12 KiB a token)")
+    asked = max(gib_of(r, "oom_requested_bytes") for r in rows)
+    if not good:
+        return Verdict(SUPPORTED, f"at {_costs(bad)}", tuple(rows), f"asks {asked:.2f} GiB")
+    if not bad:
+        return Verdict(REFUTED, f"it starts at {_costs(good)}", tuple(rows), "starts")
+    return Verdict(
+        CONDITIONAL,
+        f"at {_costs(bad)} it asks {asked:.1f} GiB and cannot; at {_costs(good)} it starts",
+        tuple(rows),
+        f"asks {asked:.2f} GiB",
+    )
+
+
+def paged_starts(evidence: Evidence) -> Verdict:
+    """C2: paged at 10M reaches ready."""
+    rows = evidence.of("paged", context_tokens=MILLIONS_10)
+    if not rows:
+        return undecided("strategy=paged context=10M")
+    good = [r for r in rows if starts(r)]
+    if len(good) == len(rows):
+        whole = [r for r in rows if admits(r)]
+        cannot = sorted({token_kib(r) for r in rows} - {token_kib(r) for r in whole})
+        note = f"; a full 10M request is not admitted at {_costs(cannot)}" if cannot else ""
+        return Verdict(SUPPORTED, f"for start-up{note}", tuple(rows), "starts")
+    return Verdict(REFUTED if not good else CONDITIONAL, "not in every trial", tuple(rows))
+
+
+def _empty(evidence: Evidence, strategy: str) -> list[Row]:
+    return evidence.of(
+        strategy, lambda r: starts(r) and r.get("resident_tokens") == 0, fill=0.0
+    ) + evidence.of(strategy, starts, purpose="bracket")
+
+
+def held_at_startup(evidence: Evidence) -> Verdict:
+    """C3: bytes at ready, nothing filled."""
+    paged = [r for r in _empty(evidence, "paged") if r["context_tokens"] == MILLIONS_10]
+    static = [r for r in _empty(evidence, "static") if whole_context(r)]
+    if not paged or not static:
+        return undecided(f"{RUN_CLAIMS} (both strategies with fill=0)")
+    lazy = all(r["kv_committed_bytes"] == 0 for r in paged)
+    eager = all(
+        r["kv_committed_bytes"] >= r["context_tokens"] * r["kv_bytes_per_token"] for r in static
+    )
+    held = max(gib_of(r, "peak_device_bytes") for r in paged)
+    weights = max(gib_of(r, "weights_bytes") for r in paged)
+    if lazy and eager:
+        return Verdict(
+            SUPPORTED,
+            f"paged holds {held:.2f} GiB at ready: {weights:.2f} of weights, the rest CUDA context, "
+            "page table and workspace; static holds its whole pool besides",
+            tuple(paged + static),
+            round(held, 2),
+        )
+    return Verdict(
+        REFUTED,
+        "committed K/V at ready is not what is claimed",
+        tuple(paged + static),
+        round(held, 2),
+    )
+
+
+def growth_with_length(evidence: Evidence) -> Verdict:
+    """C4: committed bytes at two fills of one context."""
+    ratios: dict[str, list[float]] = {"paged": [], "static": []}
+    used: list[Row] = []
+    for strategy, own in ratios.items():
+        rows = evidence.of(strategy, lambda r: r["status"] == "ok" and r["purpose"] == "point")
+        full = {(r["model"], r["context_tokens"]): r for r in rows if r["fill"] == 1.0}
+        for row in rows:
+            whole = full.get((row["model"], row["context_tokens"]))
+            if row["fill"] == 0.1 and whole is not None and row["sequences"] == 1:
+                own.append(row["kv_committed_bytes"] / whole["kv_committed_bytes"])
+                used += [row, whole]
+    if not ratios["paged"] or not ratios["static"]:
+        return undecided(f"{RUN_CLAIMS} (one context filled to 10 and to 100 %, both strategies)")
+    paged, static = max(ratios["paged"]), min(ratios["static"])
+    holds = paged < 0.12 and static == 1.0
+    return Verdict(
+        SUPPORTED if holds else REFUTED,
+        f"at 10 % of the length paged commits {paged:.1%} of what it commits at 100 %, "
+        f"static {static:.0%}",
+        tuple(used),
+        round(paged, 4),
+    )
+
+
+def bytes_of_ten_million(evidence: Evidence) -> Verdict:
+    """C5: the K/V of 10M tokens at the report's own cost of a token."""
+    rows = [
+        r
+        for r in evidence.of("static", whole_context, context_tokens=MILLIONS_10, model="report")
+        if r.get("oom_requested_bytes")
+    ]
+    if not rows:
+        return undecided("strategy=static model=report context=10M")
+    asked = rows[0]["oom_requested_bytes"] * scale(rows[0])
+    part = 0.78 * MILLIONS_10 * token_kib(rows[0]) * 1024
+    near = abs(asked / 1e9 - REPORTED_GB_FOR_10M) <= 0.02 * REPORTED_GB_FOR_10M
+    return Verdict(
+        SUPPORTED if near else CONDITIONAL,
+        f"10M tokens at {token_kib(rows[0]):g} KiB are {asked / 1e9:.1f} GB ({asked / 2**30:.1f} "
+        f"GiB); the report counts 7.8M tokens (0.78 x 10M), which are {part / 1e9:.1f} GB "
+        f"({part / 2**30:.1f} GiB)",
+        tuple(rows),
+        round(asked / 1e9, 1),
+        "arithmetic",
+    )
+
+
+def risk_of_oom(evidence: Evidence) -> Verdict:
+    """C6: where a full sequence ends, paged beside static."""
+    paged = [r for r in evidence.of("paged", model="report") if starts(r) and r["sequences"] == 1]
+    static = [
+        r
+        for r in evidence.of("static", whole_context, model="report")
+        if starts(r) and r["status"] == "ok"
+    ]
+    ends = [r for r in paged if r["status"] == "oom" and r["oom_phase"] == "fill"]
+    if not ends or not static:
+        return undecided("-m strategy=static,paged model=report context=10M")
+    longest = max(ends, key=lambda r: r["resident_tokens"])
+    largest = max(static, key=lambda r: r["context_tokens"])
+    ratio = longest["resident_tokens"] / largest["context_tokens"]
+    if ratio < 1 + SAME:
+        text = "both hold the same tokens when filled; the failure moves from start-up to run time"
+    else:
+        text = (
+            "a sequence filled to its end still runs out of memory, at run time instead of start-up "
+            f"({longest['resident_tokens']:,} tokens; the largest static context run here is "
+            f"{largest['context_tokens']:,})"
+        )
+    return Verdict(CONDITIONAL, text, (longest, largest), round(ratio, 4))
+
+
+def lower_fraction(evidence: Evidence) -> Verdict:
+    """C7: static at 10M with fractions of the context and of the device."""
+    rows = evidence.of("static", context_tokens=MILLIONS_10, model="report")
+    of_context = [r for r in rows if option(r, "mem_fraction_of") == "context"]
+    of_device = [r for r in rows if option(r, "mem_fraction_of") == "device"]
+    tried = {r["mem_fraction"] for r in of_context}
+    if not {0.65, 0.8} <= tried or not of_device or min(tried) >= 0.65:
+        return undecided("experiment=mem_fraction")
+    good = sorted({r["mem_fraction"] for r in of_context if starts(r)})
+    bad = sorted({r["mem_fraction"] for r in of_context if not starts(r)})
+    device = all(map(starts, of_device))
+    if 0.65 in good:
+        return Verdict(REFUTED, "0.65 of the context starts", tuple(rows), 0.65)
+    helps = f"up to {max(good):g} starts" if good else "none that was tried starts"
+    text = (
+        f"as a fraction of the context {min(bad):g} and above fail and {helps}; as a fraction of "
+        f"the device (SGLang's own meaning) {'every one starts' if device else 'some fail too'}"
+    )
+    verdict = CONDITIONAL if good or device else SUPPORTED
+    return Verdict(verdict, text, tuple(rows), max(good, default=0.0))
+
+
+def fragmentation(evidence: Evidence) -> Verdict:
+    """C12: live share of K/V memory under a trace, static slots beside pages."""
+    rows = [r for r in evidence.rows if r.get("live_share") is not None]
+    static = [r for r in rows if r["strategy"] == "static" and r["slot_policy"] == "max"]
+    paged = [r for r in rows if r["strategy"] == "paged"]
+    if not static or not paged:
+        return undecided("experiment=waste")
+    least, most = min(r["live_share"] for r in static), max(r["live_share"] for r in paged)
+    external = max(r.get("external_share") or 0 for r in static)
+    if most <= least:
+        return Verdict(REFUTED, "paging wastes no less", tuple(static + paged), least / most)
+    return Verdict(
+        CONDITIONAL,
+        f"what static slots lose is reserved and internal space, not fragmentation: {least:.0%} of "
+        f"their memory is live ({external:.1%} external), against {most:.0%} with pages",
+        tuple(static + paged),
+        round(least / most, 3),
+    )
+
+
+def on_demand_starts(evidence: Evidence) -> Verdict:
+    """C14: the same configuration with and without on-demand commit."""
+    at = {"context_tokens": MILLIONS_10, "model": "report"}
+    paged, static = evidence.of("paged", **at), evidence.of("static", whole_context, **at)
+    if not paged or not static:
+        return undecided("-m strategy=static,paged model=report context=10M")
+    works = all(map(starts, paged)) and not any(map(starts, static))
+    return Verdict(
+        SUPPORTED if works else REFUTED,
+        "for start-up; the tokens that fit do not change" if works else "both behave alike",
+        tuple(paged + static),
+        "starts" if all(map(starts, paged)) else "does not start",
+    )
+
+
+def five_to_six_million(evidence: Evidence) -> Verdict:
+    """C16: the largest context that static starts with, at the report's cost of a token."""
+    rows = evidence.of("static", whole_context, model="report")
+    good = [r for r in rows if starts(r)]
+    bad = [r for r in rows if not starts(r)]
+    largest = max((r["context_tokens"] for r in good), default=0)
+    smallest = min((r["context_tokens"] for r in bad), default=0)
+    if not good or not bad or smallest > 6_100_000:
+        return undecided("strategy=static model=report context=10M")
+    holds = largest >= 5_000_000 and smallest <= 6_100_000
+    return Verdict(
+        SUPPORTED if holds else REFUTED,
+        f"starts at {largest:,} tokens, not at {smallest:,}",
+        tuple(good + bad),
+        largest,
+    )

@@ -1,0 +1,162 @@
+"""What the planner says of a configuration: a row's ``predicted_*`` columns, and where to look.
+
+The planner itself (:mod:`harness.planner`) takes plain numbers; this module makes them from
+settings, and holds a measured row against the prediction, item by item.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from harness.cell import Cell
+from harness.options import ENGINES, engine_model
+from harness.planner import OomPoints, Prediction, oom_points, predict
+from harness.planner_spec import (
+    CUDA_GRANULARITY_BYTES,
+    HOST_GRANULARITY_BYTES,
+    PlanSpec,
+)
+from harness.rows import Row
+from harness.settings import Settings
+from harness.sizes import BadValue, gib, tokens_text
+from harness.workspace import workspace_items
+
+OFF_BY = 0.01  # a prediction within 1 % of the measurement stands
+
+
+def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float = 1.0) -> PlanSpec:
+    """The numbers that the planner needs, in the device's own bytes (scaled on the host)."""
+    scale = settings.scale
+    hardware = settings.hardware
+    context = settings.context_tokens if context_tokens is None else context_tokens
+    return PlanSpec(
+        strategy=settings.strategy,
+        options=dict(settings.options),
+        model=settings.kv_model(),
+        engine_model=engine_model(settings) if settings.strategy in ENGINES else None,
+        context_tokens=settings.local_tokens(context),
+        fill=fill,
+        sequences=settings.sequences,
+        capacity_bytes=settings.device_bytes,
+        context_bytes=-(-hardware.context_bytes // scale),
+        weights_bytes=-(-settings.model.weights_bytes // scale),
+        workspace_items=tuple((n, -(-b // scale)) for n, b in workspace_items(settings)),
+        scale=scale,
+        device_total_bytes=hardware.total_bytes,
+        hopper="H100" in hardware.device_name or "H200" in hardware.device_name,
+        granularity_bytes=HOST_GRANULARITY_BYTES if settings.on_host else CUDA_GRANULARITY_BYTES,
+    )
+
+
+def predict_cell(cell: Cell) -> Prediction:
+    """How a cell's trial would go; ``bracket`` cells are not filled."""
+    fill = 0.0 if cell.purpose == "bracket" else cell.fill
+    return predict(plan_spec(cell.settings, cell.context_tokens, fill))
+
+
+def check(settings: Settings) -> None:
+    """Ask the planner once, so that a flag that does not exist is said before anything runs."""
+    try:
+        predict(plan_spec(settings))
+    except ValueError as error:
+        key, _, rest = str(error).partition("=")
+        value, _, allowed = rest.partition(":")
+        raise BadValue(f"strategy.{key.strip()}", value, allowed.strip() or str(error)) from None
+
+
+def columns(cell: Cell) -> Row:
+    """The ``predicted_*`` columns of a cell's row."""
+    made = predict_cell(cell)
+    return {
+        "predicted_tables_bytes": made.predicted_tables_bytes,
+        "predicted_kv_bytes": made.predicted_kv_bytes,
+        "predicted_peak_bytes": made.predicted_peak_bytes,
+        "predicted_status": made.outcome,
+    }
+
+
+def with_deviation(row: Row, cell: Cell) -> Row:
+    """``row`` with ``predicted_off_by``: the items that are off by more than 1 % of the peak."""
+    if row.get("peak_device_bytes") is None:
+        return row
+    made = predict_cell(cell)
+    by_phase: dict[str, int] = {}
+    for item in made.items:
+        if item.location == "device" and not item.failed:
+            by_phase[item.phase] = by_phase.get(item.phase, 0) + item.nbytes
+    kv = by_phase.pop("pool", 0) + by_phase.pop("fill", 0)
+    measured = {
+        p: row.get(f"{p}_bytes") or 0 for p in ("context", "weights", "tables", "workspace")
+    }
+    measured["kv"], by_phase["kv"] = row.get("kv_committed_bytes") or 0, kv
+    allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))
+    off = {p: m - by_phase.get(p, 0) for p, m in measured.items()}
+    named = [f"{p} {d:+d}" for p, d in off.items() if abs(d) > allowed]
+    if made.outcome != row["status"] and row["status"] in ("ok", "oom", "refused"):
+        named.append(f"status {made.outcome}")
+    return row | {"predicted_off_by": "; ".join(named) or None}
+
+
+def points(settings: Settings) -> OomPoints:
+    """The three OOM points as the planner sees them."""
+    return _points(_Key(settings))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """Settings as a cache key: equal content, equal answer."""
+
+    settings: Settings
+
+    def __hash__(self) -> int:
+        return hash(repr(self.settings))
+
+
+@functools.lru_cache(maxsize=64)
+def _points(key: _Key) -> OomPoints:
+    return oom_points(plan_spec(key.settings))
+
+
+def startup_guess(settings: Settings) -> int:
+    """Largest context that the planner expects to start, in tokens over all ranks."""
+    return (points(settings).startup.ok or 1) * settings.parallel.context_ranks
+
+
+def admit_guess(settings: Settings) -> int:
+    """Largest context that the planner expects to be admitted."""
+    return (points(settings).admit.ok or 1) * settings.parallel.context_ranks
+
+
+def largest_ok_context(settings: Settings) -> int:
+    """The largest context of the sweep that the planner expects to be filled wholly."""
+    good = [c for c in settings.contexts if predict(plan_spec(settings, c)).outcome == "ok"]
+    return max(good, default=0)
+
+
+def sentence(settings: Settings, strategy: str) -> str:
+    """One line: what the planner expects of another strategy, with its default keys."""
+    from harness.settings import compose_settings
+
+    words = [w for w in settings.overrides if not w.startswith("strategy")]
+    words = [w for w in words if not w.startswith("experiment=")]
+    other = compose_settings([*words, f"strategy={strategy}"], planning=True)
+    other = dataclasses.replace(other, hardware=settings.hardware)
+    spec = plan_spec(other)
+    made = predict(spec)
+    found = oom_points(spec)
+    context = tokens_text(other.context_tokens)
+    peak = gib(made.predicted_peak_bytes * other.scale)
+    if not made.started:
+        asked = gib(made.requested_bytes * other.scale)
+        free = gib(made.free_bytes * other.scale)
+        return (
+            f"{strategy} does not start at {context}: {made.allocation} asks {asked}, {free} free; "
+            f"largest context that starts: {found.startup.ok or 0:,} tokens"
+        )
+    if made.outcome == "ok":
+        return f"{strategy} starts at {context} and holds it whole, peak {peak}"
+    return (
+        f"{strategy} starts at {context}; filling it ends in {made.outcome} at "
+        f"{made.resident_tokens:,} tokens, peak {peak}"
+    )
