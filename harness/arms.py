@@ -41,7 +41,7 @@ def arms_of(config: DictConfig, job: Sequence[str]) -> list[list[str]]:
         raise BadValue("experiment.matrix", matrix, "a mapping of keys to lists of values")
     if not isinstance(listed, list) or not all(isinstance(a, list) for a in listed):
         raise BadValue("experiment.arms", listed, "a list of lists of overrides")
-    axes = [[f"{key}={_word(v)}" for v in values] for key, values in matrix.items()]
+    axes = [[f"{key!s}={_word(v)}" for v in values] for key, values in matrix.items()]
     arms = [
         [*point, *map(str, arm)] for arm in listed or [[]] for point in itertools.product(*axes)
     ]

@@ -60,22 +60,23 @@ def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     if not pairs:
         return undecided(RUN)
     rows = tuple(r for pair in pairs for r in pair)
-    ratios = [_pool_bytes(t) / _pool_bytes(s) for s, t in pairs]
-    tokens = [round(_pool_bytes(t) / t["kv_bytes_per_token"]) for _, t in pairs]
-    table = max(gib_of(t, "tables_bytes") for _, t in pairs)
+    ratios = [float(_pool_bytes(t) / _pool_bytes(s)) for s, t in pairs]
+    farthest = max(ratios, key=lambda ratio: abs(ratio - 1.0))
+    if abs(farthest - 1.0) > SAME_POOL:
+        text = "the pool's size changes with context"
+        return Verdict(CONDITIONAL, text, rows, round(farthest, 4))
+    tokens = sorted({round(_pool_bytes(t) / t["kv_bytes_per_token"]) for _, t in pairs})
+    after = max(gib_of(t, "tables_bytes") for _, t in pairs)
     before = max(gib_of(s, "tables_bytes") for s, _ in pairs)
-    grown = max(abs(r - 1) for r in ratios) > SAME_POOL
-    failing = {t["oom_allocation"] for _, t in pairs if not starts(t)}
-    return Verdict(
-        CONDITIONAL if grown else REFUTED,
-        f"the pool is the same ({', '.join(f'{n:,}' for n in sorted(set(tokens)))} tokens); what "
-        f"grows with context is the request-to-token table, from {before:.2f} to {table:.2f} GiB"
-        + (f", and then {', '.join(sorted(failing))} no longer fits" if failing else "")
-        if not grown
-        else "the pool's size changes with context",
-        rows,
-        round(max(ratios, key=lambda r: abs(r - 1)), 4),
+    failing = sorted({str(t["oom_allocation"]) for _, t in pairs if not starts(t)})
+    text = (
+        f"the pool is the same at both contexts ({', '.join(f'{n:,}' for n in tokens)} tokens, a "
+        "figure for each model); what grows with context are the tables (request-to-token, "
+        f"rotary), from {before:.2f} to {after:.2f} GiB"
     )
+    if failing:
+        text += f", and then {', '.join(failing)} no longer fits"
+    return Verdict(REFUTED, text, rows, round(farthest, 4))
 
 
 def vllm_preallocates(evidence: Evidence) -> Verdict:
@@ -126,9 +127,9 @@ def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
 
 
 def _named(row: Row) -> str:
-    hybrid = "hybrid" if row.get("hybrid") else "flat"
-    utilization = option(row, "gpu_memory_utilization") or "default"
-    return f"{row['model']} {hybrid} ({token_kib(row):g} KiB a token, utilization {utilization})"
+    flags = ("gpu_memory_utilization", "max_num_seqs", "hybrid_kv_cache_manager")
+    given = [f"{k}={option(row, k)}" for k in flags if option(row, k) is not None]
+    return f"{row['model']} ({token_kib(row):g} KiB a token flat; {', '.join(given) or 'defaults'})"
 
 
 def graphs_off(evidence: Evidence) -> Verdict:
@@ -194,10 +195,11 @@ def few_requests_start(evidence: Evidence) -> Verdict:
         }
     )
     note = f"; a request of 10M is still not admitted at {', '.join(short)}" if short else ""
-    table = max(gib_of(r, "tables_bytes") for r in few)
+    tables = max(gib_of(r, "tables_bytes") for r in few)
+    before = max(gib_of(r, "tables_bytes") for r in default)
     return Verdict(
         SUPPORTED,
-        f"its table is then {table:.2f} GiB{note}",
+        f"its tables are then {tables:.2f} instead of {before:.2f} GiB{note}",
         tuple(few + default),
         "starts",
     )

@@ -9,7 +9,8 @@ from harness.forecast import plan_spec, points
 from harness.options import engine_model
 from harness.settings import Settings, compose_settings
 from strategies.engine_model import nvml_total_mib
-from strategies.sglang_flags import VERSIONS, SGLangFlags, resolve
+from strategies.sglang_flags import SGLangFlags, resolve
+from strategies.sglang_tables import VERSIONS
 
 REPORTED_TOKEN_KIB = 24.0
 ROUNDING_MIB = 150.0

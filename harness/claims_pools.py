@@ -222,8 +222,8 @@ def fragmentation(evidence: Evidence) -> Verdict:
 
 def on_demand_starts(evidence: Evidence) -> Verdict:
     """C14: the same configuration with and without on-demand commit."""
-    at = {"context_tokens": MILLIONS_10, "model": "report"}
-    paged, static = evidence.of("paged", **at), evidence.of("static", whole_context, **at)
+    paged = evidence.of("paged", context_tokens=MILLIONS_10, model="report")
+    static = evidence.of("static", whole_context, context_tokens=MILLIONS_10, model="report")
     if not paged or not static:
         return undecided("-m strategy=static,paged model=report context=10M")
     works = all(map(starts, paged)) and not any(map(starts, static))

@@ -149,7 +149,7 @@ def _outcome(
     missing = [c for c in job.cells if c.trial_id not in done]
     if missing:
         ended = _how_it_ended(job, code, timed_out, found, text)
-        last = next((r["row"] for r in reversed(found) if r["type"] == "timeline"), {})
+        last: Row = next((r["row"] for r in reversed(found) if r["type"] == "timeline"), {})
         rows += [_unfinished(c, job.extra, ended, last, seconds) for c in missing]
     return Outcome(
         rows,

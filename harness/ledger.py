@@ -33,6 +33,7 @@ class Ledger:
         self.strategy: Strategy | None = None
         self.resident_tokens = 0
         self.bytes: dict[tuple[str, str], int] = {}
+        self.phase_peak_bytes: dict[str, int] = {}
         self.peak_ledger_bytes = 0
         self.peak_device_bytes = 0
         self.peak_torch_bytes = 0
@@ -44,15 +45,13 @@ class Ledger:
         """Bytes that the ledger can name now."""
         return sum(self.bytes.values())
 
-    def phase_bytes(self, phase: str) -> int:
-        """Bytes held now that were allocated in a phase."""
-        return sum(n for (p, _), n in self.bytes.items() if p == phase)
-
     def event(self, phase: str, allocation: str, nbytes: int, seconds: float = 0.0) -> None:
         """``nbytes`` more (negative: fewer) are held under this name; reads every meter."""
         key = (phase, allocation)
         self.bytes[key] = self.bytes.get(key, 0) + nbytes
         self.peak_ledger_bytes = max(self.peak_ledger_bytes, self.total_bytes)
+        held = sum(n for (p, _), n in self.bytes.items() if p == phase)
+        self.phase_peak_bytes[phase] = max(self.phase_peak_bytes.get(phase, 0), held)
         row: dict[str, Any] = {
             "seconds": round(time.perf_counter() - self._began, 6),
             "phase": phase,

@@ -50,7 +50,8 @@ def arms(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     strategy = key[0]
-    rivals = [k for k in every if k[0] == strategy]
+    model = ARM_KEYS.index("model")
+    rivals = [k for k in every if k[0] == strategy and k[model] == key[model]]
     parts = [str(strategy)]
     for i, name in enumerate(ARM_KEYS[1:], start=1):
         # A model is named as soon as the run has two, so that every arm of it reads alike.
@@ -100,6 +101,7 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
         if r.get("resident_tokens") is not None
         and r["sequences"] == 1
         and started(r) == "ok"
+        and float(r["fill"]) > 0
         and r["purpose"] != "bracket"
     ]
     if not filled:

@@ -185,7 +185,7 @@ class Trial:
     def _memory_columns(self) -> Row:
         ledger = self.ledger
         row: Row = {
-            f"{p}_bytes": ledger.phase_bytes(p)
+            f"{p}_bytes": ledger.phase_peak_bytes.get(p, 0)
             for p in ("context", "nccl", "weights", "tables", "workspace")
         }
         row |= {
