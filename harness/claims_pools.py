@@ -92,8 +92,8 @@ def held_at_startup(evidence: Evidence) -> Verdict:
     if lazy and eager:
         return Verdict(
             SUPPORTED,
-            f"paged holds {held:.2f} GiB at ready: {weights:.2f} of weights, the rest CUDA context, "
-            "page table and workspace; static holds its whole pool besides",
+            f"paged holds {held:.2f} GiB at ready: {weights:.2f} of weights, the rest CUDA "
+            "context, page table and workspace; static holds its whole pool besides",
             tuple(paged + static),
             round(held, 2),
         )
@@ -171,8 +171,8 @@ def risk_of_oom(evidence: Evidence) -> Verdict:
         text = "both hold the same tokens when filled; the failure moves from start-up to run time"
     else:
         text = (
-            "a sequence filled to its end still runs out of memory, at run time instead of start-up "
-            f"({longest['resident_tokens']:,} tokens; the largest static context run here is "
+            "a sequence filled to its end still runs out of memory, at run time instead of "
+            f"start-up ({longest['resident_tokens']:,} tokens; the largest static context run here is "
             f"{largest['context_tokens']:,})"
         )
     return Verdict(CONDITIONAL, text, (longest, largest), round(ratio, 4))

@@ -1,4 +1,4 @@
-"""Opening the device of a trial: phase ``context`` and everything that comes before a byte of it."""
+"""Opening the device of a trial: phase ``context``, before anything else is allocated."""
 
 from __future__ import annotations
 

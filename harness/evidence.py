@@ -96,7 +96,7 @@ def whole_context(row: Row) -> bool:
 
 
 def basis_of(rows: Iterable[Row]) -> str:
-    """What rows rest on, in words: measured, scale model; an engine's version where there is one."""
+    """What rows rest on, in words; names an engine's version where there is one."""
     words = []
     for row in rows:
         if row.get("engine_version"):

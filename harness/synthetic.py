@@ -35,7 +35,7 @@ class Needle:
 class Content:
     """What the K/V of one layer group hold.
 
-    ``k_bank`` and ``v_bank`` are ``[BANK_TOKENS, kv_heads, D]``: bf16, or on the host the FP8 codes.
+    ``k_bank`` and ``v_bank`` are ``[BANK_TOKENS, kv_heads, D]``: bf16, or on the host FP8 codes.
     """
 
     group: LayerGroup
@@ -45,7 +45,7 @@ class Content:
     needles: dict[tuple[int, int], dict[int, Needle]] = field(default_factory=dict)
 
     def pieces(self, sequence: int, layer: int, lo: int, hi: int) -> Iterator[tuple[int, int, int]]:
-        """Tokens [lo, hi) as runs (first token, bank lo, bank hi) that are contiguous in the bank."""
+        """Tokens [lo, hi) as runs (first token, bank lo, bank hi), contiguous in the bank."""
         at = lo
         while at < hi:
             block = at // BANK_TOKENS
