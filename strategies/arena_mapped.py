@@ -32,6 +32,11 @@ class MappedArena:
         Waits for the device: unmapping does not wait for running kernels.
     device_id, device_type : int
         Where DLPack says the view is.
+
+    Raises
+    ------
+    OutOfMemory
+        There is no address range of that length (``kv_address_space``).
     """
 
     kind = "mapped"
@@ -53,8 +58,16 @@ class MappedArena:
         self._memory, self._synchronize = memory, synchronize
         self._device_id, self._device_type = device_id, device_type
         self._map = ChunkMap(reserve_bytes, chunk_bytes)
-        self._base = memory.reserve(self._map.reserved_bytes)
+        self._base = self._reserve_range()
         self._u8: torch.Tensor | None = None
+
+    def _reserve_range(self) -> int:
+        nbytes = self._map.reserved_bytes
+        try:
+            return self._memory.reserve(nbytes)
+        except DriverRefusal as refusal:
+            free = self._memory.free_bytes()
+            raise OutOfMemory("pool", "kv_address_space", nbytes, free) from refusal
 
     @property
     def reserved_bytes(self) -> int:
@@ -94,11 +107,11 @@ class MappedArena:
         missing = self._map.missing(lo, hi)
         if not missing:
             return 0
-        self._memory.attach()
         nbytes = sum(b - a for a, b in missing) * self.chunk_bytes
-        free = self._memory.free_bytes()
-        mapped: list[int] = []
+        free, mapped = 0, list[int]()
         try:
+            self._memory.attach()
+            free = self._memory.free_bytes()
             for a, b in missing:
                 for chunk in range(a, b):
                     self._memory.map_new(self._base + chunk * self.chunk_bytes, self.chunk_bytes)
