@@ -30,6 +30,15 @@ from strategies.sglang_tables import (
     request_table,
 )
 
+# Where mem_cache/memory_pool.py allocates a layer's buffers.
+POOL_LINES = {
+    "0.4.6.post5": 282,
+    "0.5.2": 451,
+    "0.5.3": 461,
+    "0.5.9": 811,
+    "0.5.12.post1": 907,
+    "0.5.23": 2594,
+}
 # Slots of recurrent state a running request (model_runner_kv_cache_mixin.py:51@0.5.12.post1) and
 # that state's share of the rest beside the K/V (server_args.py:654).
 STATE_SLOTS_PER_REQUEST = 3
@@ -129,14 +138,7 @@ def _pool_items(
     model: EngineModel, flags: SGLangFlags, settings: SGLangSettings, pools: Pools
 ) -> list[Item]:
     """K of every layer, then V (``memory_pool.py:895-918@0.5.12.post1``); window layers first."""
-    source = {
-        "0.4.6.post5": "mem_cache/memory_pool.py:282",
-        "0.5.2": "mem_cache/memory_pool.py:451",
-        "0.5.3": "mem_cache/memory_pool.py:461",
-        "0.5.9": "mem_cache/memory_pool.py:811",
-        "0.5.12.post1": "mem_cache/memory_pool.py:907",
-        "0.5.23": "mem_cache/memory_pool.py:2594",
-    }[flags.version]
+    source = f"mem_cache/memory_pool.py:{POOL_LINES[flags.version]}"
     half = model.layer_token_bytes // 2
 
     def buffers(layers: int, tokens: int) -> tuple[int, int]:

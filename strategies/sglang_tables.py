@@ -21,6 +21,16 @@ EXTRA_ROWS = {"0.4.6.post5": 1, "0.5.12.post1": 1, "0.5.23": 1}
 # model_runner_kv_cache_mixin.py:255@0.5.12.post1: room for what speculation appends.
 EXTRA_COLUMNS = 4
 
+# Where mem_cache/memory_pool.py allocates req_to_token.
+REQUEST_TABLE_LINES = {
+    "0.4.6.post5": 72,
+    "0.5.2": 74,
+    "0.5.3": 80,
+    "0.5.9": 144,
+    "0.5.12.post1": 149,
+    "0.5.23": 406,
+}
+
 # 1.06 GiB taken by the 58 piecewise graphs of a start on an H200 (chunks of 8192 tokens).
 PIECEWISE_MEASURED_BYTES = round(1.06 * 1024 * MIB)
 PIECEWISE_MEASURED_SIZES = 58
@@ -72,16 +82,9 @@ def piecewise_sizes(max_tokens: int) -> int:
 def request_table(version: str, context_tokens: int, request_limit: int) -> Item:
     """``req_to_token``: a row of token slots a request; the table that grows with the context."""
     rows = request_limit + EXTRA_ROWS.get(version, 0)
-    line = {
-        "0.4.6.post5": "mem_cache/memory_pool.py:72",
-        "0.5.2": "mem_cache/memory_pool.py:74",
-        "0.5.3": "mem_cache/memory_pool.py:80",
-        "0.5.9": "mem_cache/memory_pool.py:144",
-        "0.5.12.post1": "mem_cache/memory_pool.py:149",
-        "0.5.23": "mem_cache/memory_pool.py:406",
-    }[version]
+    source = f"mem_cache/memory_pool.py:{REQUEST_TABLE_LINES[version]}@{version}"
     shape = (rows, context_tokens + EXTRA_COLUMNS)
-    return tensor("tables", "req_to_token", shape, "int32", f"{line}@{version}")
+    return tensor("tables", "req_to_token", shape, "int32", source)
 
 
 def backend_tables(

@@ -1,0 +1,208 @@
+"""``python -m harness.explain LOG`` or ``--command '…' --config config.json --gpu h200``.
+
+Reads an engine's start-up log or command line and a Hugging Face config.json, and names the
+allocation that failed, the one that ate the memory, and the smallest change of flags that starts,
+with the planner's table beside it. Nothing that is read is executed, and no path in it is opened.
+Exit 0 with an answer, 2 for bad input, with one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from harness.explain_formula import request_table_answer
+from harness.explain_launch import Launch, parse_command
+from harness.explain_log import LogFacts, read_log
+from harness.explain_spec import Question, engine_flag, question
+from harness.gpus import GPUS, Gpu, gpu_named, gpu_with_total
+from harness.hf_config import HFConfig, read_hf_config
+from harness.planner import largest_context_that_starts, predict
+from harness.planner_changes import Change, smallest_change
+from harness.planner_spec import Prediction
+from harness.planner_text import eater, items_table
+from harness.safe_text import MAX_LOG_BYTES, read_text
+from harness.sizes import BadValue, gib
+
+ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.explain",
+        description="Why an engine does not start: what failed, what ate the memory, what helps.",
+        epilog="Logs and configs are read as data: nothing in them is executed.",
+    )
+    parser.add_argument("log", nargs="?", metavar="LOG", help="a start-up log of SGLang or vLLM")
+    parser.add_argument("--command", help="instead of a log: the command that starts the engine")
+    parser.add_argument("--config", help="the model's config.json")
+    parser.add_argument("--gpu", help=", ".join(GPUS))
+    parser.add_argument("--engine-version", help="when the log does not say it")
+    options = parser.parse_args(argv)
+    try:
+        print(explain(options))
+    except (BadValue, ValueError) as error:
+        print(f"harness.explain: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def explain(options: argparse.Namespace) -> str:
+    """The whole answer; raises :class:`BadValue`."""
+    if (options.log is None) == (options.command is None):
+        raise BadValue("LOG", options.log or "", "either a LOG or --command")
+    facts: LogFacts | None = None
+    if options.log is not None:
+        facts = read_log(read_text(options.log, "LOG", MAX_LOG_BYTES))
+        launch = facts.launch
+    else:
+        launch = parse_command(options.command)
+    if options.engine_version:
+        launch.version = options.engine_version
+    gpu = _gpu(options.gpu, facts)
+    config = read_hf_config(options.config) if options.config else None
+    parts = _heading(launch, gpu)
+    if config is None:
+        return "\n".join(parts + _without_config(launch, gpu, facts))
+    asked = question(launch, config, gpu, facts)
+    return "\n".join(parts + _with_config(launch, config, asked, facts))
+
+
+def _gpu(name: str | None, facts: LogFacts | None) -> Gpu:
+    if name is not None:
+        return gpu_named(name)
+    if facts is not None and facts.total_bytes:
+        return gpu_with_total(facts.total_bytes)
+    raise BadValue("--gpu", "(not given)", ", ".join(GPUS))
+
+
+def _row(name: str, text: str) -> str:
+    return f"{name:<10} {text}"
+
+
+def _heading(launch: Launch, gpu: Gpu) -> list[str]:
+    version = f" {launch.version}" if launch.version else ""
+    context = f"context {launch.context_tokens:,}" if launch.context_tokens else "default context"
+    flags = [engine_flag(launch.engine, k, _shown(v)) for k, v in launch.flags.items()]
+    return [
+        _row("engine", f"{ENGINE_NAMES[launch.engine]}{version} on {gpu.name}, {context}, "
+             f"TP {launch.tensor_parallel}, K/V {launch.kv_dtype}"),
+        _row("flags", " ".join(flags) or "defaults"),
+    ]  # fmt: skip
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _failure_in_log(facts: LogFacts | None) -> list[str]:
+    """What the log itself says of the end."""
+    if facts is None or facts.outcome in ("ok", "unknown"):
+        return []
+    if facts.outcome == "refused":
+        return [_row("log says", f"refused: {facts.message}")]
+    where = f" at {facts.where}" if facts.where else ""
+    tried = f"tried {gib(facts.tried_bytes)} with {gib(facts.free_bytes)} free"
+    return [_row("log says", f"out of memory{where}: {tried}")]
+
+
+def _without_config(launch: Launch, gpu: Gpu, facts: LogFacts | None) -> list[str]:
+    """An answer from formulas that need no geometry, or the request for a config.json."""
+    answer = request_table_answer(launch, gpu, facts)
+    if facts is None or (answer is None and facts.outcome in ("ok", "unknown")):
+        raise BadValue("--config", "(not given)", "the model's config.json (its layers and heads)")
+    parts = _failure_in_log(facts)
+    if facts.failed:
+        parts.append(_row("failed", facts.failed))
+    if answer is not None:
+        parts += [_row("ate it", answer.ate), _row("change", answer.change)]
+    if facts.outcome == "refused" and facts.needed_bytes:
+        parts.append(_row("needed", f"{gib(facts.needed_bytes)}, {gib(facts.available_kv_bytes)} "
+                                    "available for K/V"))  # fmt: skip
+    parts.append(_row("note", "with --config config.json the planner gives every allocation"))
+    return parts
+
+
+def _with_config(
+    launch: Launch, config: HFConfig, asked: Question, facts: LogFacts | None
+) -> list[str]:
+    spec = asked.spec
+    made = predict(spec)
+    parts = _failure_in_log(facts)
+    parts += _answer(launch, made, facts)
+    if not made.started:
+        parts += _changes(launch, smallest_change(spec, "start"), smallest_change(spec, "admit"))
+        largest, failing = largest_context_that_starts(spec)
+        beyond = "" if failing in (None, largest + 1) else f"; the first that fails: {failing:,}"
+        parts.append(_row("largest", f"{largest:,} tokens of context start as it is{beyond}"))
+    elif not made.admits_context:
+        parts += _changes(launch, None, smallest_change(spec, "admit"))
+    parts += [_row("note", note) for note in (*asked.notes, *made.notes)]
+    if facts is not None:
+        parts += _disagreement(made, facts)
+    table = items_table(made, 1, spec.capacity_bytes)
+    settings = ", ".join(f"{k}={v}" for k, v in made.settings.items())
+    title = f"planner: {config.architecture}, {settings}"
+    return [*parts, "", title, table]
+
+
+def _answer(launch: Launch, made: Prediction, facts: LogFacts | None) -> list[str]:
+    """What failed and what ate the memory."""
+    started = made.started and (facts is None or facts.outcome not in ("oom", "refused"))
+    if started:
+        left = gib(made.free_bytes)
+        return [_row("starts", f"with room for {made.pool_tokens:,} tokens; {left} stay free")]
+    failed = (facts.failed if facts is not None else "") or made.allocation
+    item = next((i for i in made.items if i.allocation == failed), None)
+    size = f" ({gib(item.nbytes)})" if item is not None and item.nbytes else ""
+    parts = [_row("failed", f"{failed or 'unknown'}{size}")]
+    if made.outcome == "refused" and (facts is None or facts.outcome != "refused"):
+        parts.append(_row("says", made.message))
+    ate = eater(made)
+    if ate is not None and made.outcome == "oom":
+        parts.append(
+            _row("ate it", f"{ate.allocation}: {gib(ate.nbytes)}  {ate.shape}  {ate.source}")
+        )
+    return parts
+
+
+def _changes(launch: Launch, start: Change | None, admit: Change | None) -> list[str]:
+    parts: list[str] = []
+    if start is not None and admit is not None and _same_keys(start, admit):
+        start = admit if start.flags != admit.flags else start
+    for what, change in (("start", start), ("serve the full context", admit)):
+        if change is None:
+            continue
+        if what != "start" and start is not None and start.flags == change.flags:
+            parts[-1] = parts[-1].replace("to start", "to start and to serve the full context")
+            continue
+        flags = " ".join(engine_flag(launch.engine, k, v) for k, v in change.flags)
+        left = gib(change.prediction.free_bytes)
+        parts.append(_row("change", f"{flags}  to {what} ({change.costs}; {left} stay free)"))
+    if not parts:
+        parts.append(_row("change", "no change of flags was found that helps"))
+    return parts
+
+
+def _same_keys(one: Change, other: Change) -> bool:
+    return [key for key, _ in one.flags] == [key for key, _ in other.flags]
+
+
+def _disagreement(made: Prediction, facts: LogFacts) -> list[str]:
+    """Say where the formulas and the log differ."""
+    out = []
+    if facts.outcome in ("oom", "refused") and made.started:
+        out.append("the formulas expect a start; the log shows none")
+    if facts.outcome == "ok" and not made.started:
+        out.append("the formulas expect no start; the log shows one")
+    if facts.pool_tokens and made.pool_tokens:
+        off = made.pool_tokens / facts.pool_tokens - 1
+        if abs(off) > 0.01:
+            out.append(f"the log's pool has {facts.pool_tokens:,} tokens, {off:+.1%} off")
+    return [_row("differs", text) for text in out]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

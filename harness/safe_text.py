@@ -1,0 +1,106 @@
+"""Reading files that others wrote: text of a limited size, JSON of a limited depth, or one line.
+
+Nothing read here is executed, imported or followed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from harness.sizes import BadValue
+
+MAX_LOG_BYTES = 64 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_JSON_DEPTH = 16
+MAX_LINE_CHARACTERS = 1 << 16
+
+
+def read_text(path: str | Path, key: str, limit_bytes: int) -> str:
+    """Text of a regular file.
+
+    Parameters
+    ----------
+    key : str
+        What the error calls the file.
+    limit_bytes : int
+        Larger files are refused, unread.
+
+    Raises
+    ------
+    BadValue
+        For a file that is missing, no regular file, too large, or not text.
+    """
+    allowed = f"a text file of up to {limit_bytes >> 20} MiB"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such file"
+        raise BadValue(key, path, f"{allowed} ({reason.lower()})") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise BadValue(key, path, f"{allowed} (not a regular file)")
+    with os.fdopen(descriptor, "rb") as file:
+        if found.st_size > limit_bytes:
+            raise BadValue(key, path, f"{allowed} (it has {found.st_size:,} bytes)")
+        data = file.read(limit_bytes + 1)[:limit_bytes]
+    if b"\0" in data:
+        raise BadValue(key, path, f"{allowed} (it is binary)")
+    text = data.decode("utf-8", errors="replace")
+    if text.count("\ufffd") > len(text) // 20:
+        raise BadValue(key, path, f"{allowed} (it is not UTF-8)")
+    return text
+
+
+def read_json_object(path: str | Path, key: str) -> dict[str, Any]:
+    """A JSON object of limited size and depth.
+
+    Raises
+    ------
+    BadValue
+        For anything else, and for an object that names code to run (``_target_``).
+    """
+    text = read_text(path, key, MAX_CONFIG_BYTES)
+    allowed = "a model's config.json"
+    if _depth(text) > MAX_JSON_DEPTH:
+        raise BadValue(key, path, f"{allowed} (nested deeper than {MAX_JSON_DEPTH})")
+    try:
+        value = json.loads(text)
+    except ValueError:
+        raise BadValue(key, path, f"{allowed} (it is not JSON, or cut off)") from None
+    if not isinstance(value, dict):
+        raise BadValue(key, path, f"{allowed} (not an object)")
+    if '"_target_"' in text:
+        raise BadValue(key, path, f"{allowed}, without _target_: it is data, never code")
+    return value
+
+
+def _depth(text: str) -> int:
+    """Deepest nesting of brackets outside strings, without recursion."""
+    deepest = depth = 0
+    in_string = escaped = False
+    for character in text:
+        if in_string:
+            if escaped:
+                escaped = False
+            elif character == "\\":
+                escaped = True
+            elif character == '"':
+                in_string = False
+        elif character == '"':
+            in_string = True
+        elif character in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character in "]}":
+            depth -= 1
+    return deepest
+
+
+def lines(text: str) -> list[str]:
+    """Lines of a log, each cut to a sane length."""
+    return [line[:MAX_LINE_CHARACTERS] for line in text.splitlines()]

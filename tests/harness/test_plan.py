@@ -1,0 +1,88 @@
+"""The planner's command: tables, JSON, exit codes, and that it needs neither torch nor a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from harness.plan import main
+
+
+def ask(capsys, *words):
+    code = main(list(words))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_start_that_fails_is_an_answer(capsys):
+    code, out, err = ask(capsys, "strategy=sglang", "hardware=h200", "model=qwen3_30b_a3b")
+    assert (code, err) == (0, "")
+    assert "does not start at 10M" in out
+    assert "76.33 GiB" in out and "req_to_token took 76.33 GiB" in out
+    assert "smallest change that lets it start: max_running_requests=" in out
+    assert "largest context that starts: " in out
+    for point in ("startup", "admit", "resident"):
+        assert f"\n{point}" in out
+
+
+def test_json_has_the_shape_of_a_summary(capsys):
+    words = ("strategy=static,paged,eager_pages,sglang,vllm", "hardware=h200", "json=true")
+    code, out, _ = ask(capsys, *words)
+    made = json.loads(out)
+    assert (code, made["schema"], made["claims"]) == (0, 1, [])
+    assert sorted(made["strategies"]) == ["eager_pages", "paged", "sglang", "static", "vllm"]
+    for entry in made["strategies"].values():
+        for point in ("startup", "admit", "resident"):
+            assert entry[point]["limited_by"] in ("oom", "refused", "sweep_end")
+            assert entry[point]["ok"] >= 1
+        assert entry["peak_device_bytes"] > 0
+        assert entry["decode"] == []
+    static = made["strategies"]["static"]["startup"]
+    assert static["limited_by"] == "oom" and static["not_ok"] == static["ok"] + 1
+    assert made["strategies"]["paged"]["startup"]["ok"] == 10_000_000
+
+
+def test_the_scale_model_has_the_device_points(capsys):
+    points = []
+    for hardware in ("h200", "scale_model"):
+        _, out, _ = ask(capsys, "strategy=static", f"hardware={hardware}", "json=true")
+        points.append(json.loads(out)["strategies"]["static"]["startup"]["ok"])
+    assert abs(points[0] - points[1]) <= 2 * 22 * 128
+
+
+def test_a_smaller_device_moves_the_points(capsys):
+    ok = []
+    for capacity in ("60GiB", "120GiB"):
+        words = ("strategy=paged", "hardware=h200", f"hardware.capacity={capacity}", "json=true")
+        ok.append(json.loads(ask(capsys, *words)[1])["strategies"]["paged"]["resident"]["ok"])
+    assert ok[1] > 2 * ok[0]
+
+
+@pytest.mark.parametrize(
+    ("word", "named"),
+    [
+        ("json=maybe", "json=maybe"),
+        ("strategy=magic", "strategy=magic"),
+        ("strategy.version=9", "version"),
+        ("context=ten", "context=ten"),
+        ("nonsense", "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, word, named):
+    words = [word] if word.startswith("strategy=") else ["strategy=sglang", word]
+    code, out, err = ask(capsys, *words)
+    assert (code, out) == (2, "")
+    assert named in err and err.count("\n") == 1
+
+
+def test_the_command_imports_neither_torch_nor_pandas():
+    script = (
+        "import sys; from harness.plan import main; "
+        "main(['strategy=vllm', 'hardware=h200']); "
+        "found = {'torch', 'pandas', 'triton', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(str(found) if found else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "vllm" in done.stdout
