@@ -24,6 +24,8 @@ class MallocArena:
     reserve_bytes : int
         Rounded up to whole chunks.
     chunk_bytes : int
+    released : callable
+        Called once the tensor is dropped, to empty the allocator's cache.
     """
 
     kind = "malloc"
@@ -34,8 +36,9 @@ class MallocArena:
         allocate: Callable[[str, str, int], torch.Tensor],
         reserve_bytes: int,
         chunk_bytes: int,
+        released: Callable[[], None] = lambda: None,
     ) -> None:
-        self._allocate = allocate
+        self._allocate, self._released = allocate, released
         self._map = ChunkMap(reserve_bytes, chunk_bytes)
         self._u8: torch.Tensor | None = None
 
@@ -84,5 +87,7 @@ class MallocArena:
 
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
-        self._u8 = None
+        if self._u8 is not None:
+            self._u8 = None
+            self._released()
         self._map = ChunkMap(0, self.chunk_bytes)

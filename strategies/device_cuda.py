@@ -190,7 +190,7 @@ class CudaDevice:
         if kind not in ARENA_KINDS:
             raise ValueError(f"arena={kind}: allowed on CUDA are {', '.join(ARENA_KINDS)}")
         if kind == "malloc":
-            return MallocArena(self._empty, reserve_bytes, chunk_bytes)
+            return MallocArena(self._empty, reserve_bytes, chunk_bytes, self.empty_cache)
         return MappedArena(
             self._memory, reserve_bytes, chunk_bytes, self.synchronize, device_id=self.index
         )

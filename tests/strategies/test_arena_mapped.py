@@ -288,7 +288,7 @@ def test_a_refused_chunk_anywhere_leaves_the_strategy_as_it_was(kind):
 def test_malloc_arena_is_one_allocation():
     import torch
 
-    asked = []
+    asked, released = [], []
 
     def allocate(phase, allocation, nbytes):
         asked.append((phase, allocation, nbytes))
@@ -296,7 +296,7 @@ def test_malloc_arena_is_one_allocation():
             raise OutOfMemory(phase, allocation, nbytes, 5, source="torch")
         return torch.ones(nbytes, dtype=torch.uint8)
 
-    arena = MallocArena(allocate, 10 * CHUNK - 1, CHUNK)
+    arena = MallocArena(allocate, 10 * CHUNK - 1, CHUNK, lambda: released.append(1))
     with pytest.raises(RuntimeError, match="no bytes before its first commit"):
         arena.u8  # noqa: B018
     with pytest.raises(OutOfMemory):
@@ -307,8 +307,10 @@ def test_malloc_arena_is_one_allocation():
     assert asked == [("fill", "kv_pages", 10 * CHUNK)] * 2
     arena.zero(CHUNK, 2 * CHUNK)
     assert int(arena.u8.sum()) == 9 * CHUNK
+    assert not released
     arena.close()
-    assert arena.committed_bytes == 0
+    arena.close()
+    assert arena.committed_bytes == 0 and released == [1]
 
 
 class MallocDevice(HostDevice):
