@@ -67,10 +67,7 @@ def predict_engine(spec: PlanSpec) -> Prediction:
     try:
         walk.before_strategy()
         plan = engine_plan(spec, walk.free_bytes * spec.scale + model.weights_bytes)
-        for item in plan.items:
-            _take(walk, item, spec.scale)
-        if plan.refusal is not None:
-            _refuse(walk, plan, spec.scale)
+        _start(walk, plan, spec.scale)
         walk.after_strategy()
         admits = spec.context_tokens <= plan.max_request_tokens
         admits = admits and plan.slots_for(spec.context_tokens) <= plan.slots
@@ -84,6 +81,18 @@ def predict_engine(spec: PlanSpec) -> Prediction:
         settings=plan.settings if plan else {},
         notes=plan.notes if plan and walk.started else (),
     )
+
+
+def _start(walk: Walk, plan: EnginePlan, scale: int) -> None:
+    """Take everything that the strategy allocates; all of it is given back when it fails."""
+    try:
+        for item in plan.items:
+            _take(walk, item, scale)
+        if plan.refusal is not None:
+            _refuse(walk, plan, scale)
+    except Ended:
+        walk.kv_bytes = 0
+        raise
 
 
 def _take(walk: Walk, item: Item, scale: int) -> None:

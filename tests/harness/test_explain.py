@@ -71,8 +71,8 @@ VLLM_LOG = (
     "ERROR [core.py:700] ValueError: To serve at least one request with the model's max seq len "
     "(10000000), (228.88 GiB KV cache is needed, which is larger than the available KV cache "
     "memory (124.83 GiB). Based on the available memory, the estimated maximum model length is "
-    "5453888. Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when initializing the "
-    "engine.\n"
+    "5453888. Try increasing `gpu_memory_utilization` or decreasing `max_model_len` when "
+    "initializing the engine.\n"
 )
 
 
