@@ -11,16 +11,45 @@ from matplotlib.figure import Figure
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
+from harness.plots_costs import (
+    figure_granularity,
+    figure_precision,
+    figure_remedies,
+    figure_scaling,
+)
+from harness.plots_engines import figure_mem_fraction, figure_root_cause
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases
+from harness.plots_sharing import figure_fragmentation, figure_waste
 from harness.plots_throughput import figure_throughput
 from harness.runs import Run, frame
 
 FIGURES_FOLDER = "figures"
+ENGINES = ("sglang", "vllm")
+RATES = ("attention_decode_tokens_per_second", "attention_prefill_tokens_per_second")
+# Experiments whose rows only their own figure shows.
+OWN_FIGURES = (
+    "root_cause",
+    "mem_fraction",
+    "waste",
+    "fragmentation",
+    "granularity",
+    "precision",
+    "remedies",
+    "scaling",
+)
 TITLES = {
     "memory_against_context": "Memory against configured context",
     "memory_over_phases": "Memory over a trial's phases",
     "throughput": "Attention throughput against resident tokens",
+    "root_cause": "What the engines ask for at start-up",
+    "mem_fraction": "A lower memory fraction",
+    "waste": "Where KV memory goes, and sequences admitted",
+    "fragmentation": "Committed and live memory over churn",
+    "granularity": "Page, block and chunk size",
+    "precision": "FP8 against BF16",
+    "remedies": "How far each remedy moves the OOM points, and its price",
+    "scaling": "More ranks",
 }
 
 
@@ -75,16 +104,32 @@ def _plan(
     rows: pd.DataFrame, events: pd.DataFrame, summary: dict[str, Any]
 ) -> list[tuple[str, bool, Callable[[], Figure]]]:
     """Return each figure's name, whether the rows can make it, and how."""
-    del summary
-    if rows.empty:
-        return []
-    sweeps = rows[rows["context_tokens"].notna()]
-    timed = rows["attention_decode_step_ms"].notna() | rows["attention_prefill_chunk_ms"].notna()
-    rated = rows["attention_decode_tokens_per_second"].notna() | (
-        rows["attention_prefill_tokens_per_second"].notna()
-    )
+
+    def of(*names: str) -> pd.DataFrame:
+        return rows[rows["experiment"].isin(names)]
+
+    def have(part: pd.DataFrame, *columns: str) -> bool:
+        return not part.empty and bool(part[list(columns)].notna().any(axis=None))
+
+    engine = rows["strategy"].isin(ENGINES)
+    own_question = rows["experiment"].isin(OWN_FIGURES)
+    whole = rows["mem_fraction"].isna() | rows["mem_fraction"].eq(1)
+    # Start-up at few contexts and many fractions or flags is no curve of memory against context.
+    curves = rows[~own_question & ((~engine & whole) | ~rows["experiment"].eq("claims"))]
+    fractions = rows[rows["strategy"].eq("static") & rows["mem_fraction"].notna()]
+    several = fractions["mem_fraction"].nunique() > 1
+    ranks = rows[["world_size", "emulated_ranks"]].drop_duplicates()
+    waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
     return [
-        ("memory_against_context", not sweeps.empty, lambda: figure_memory(sweeps)),
-        ("memory_over_phases", not sweeps.empty, lambda: figure_phases(sweeps, events)),
-        ("throughput", bool((timed | rated).any()), lambda: figure_throughput(rows)),
+        ("root_cause", bool(engine.any()), lambda: figure_root_cause(rows[engine], events)),
+        ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),
+        ("memory_over_phases", not curves.empty, lambda: figure_phases(curves, events)),
+        ("throughput", have(rows[~own_question], *RATES), lambda: figure_throughput(rows)),
+        ("mem_fraction", several, lambda: figure_mem_fraction(fractions)),
+        ("waste", have(waste, "live_share"), lambda: figure_waste(waste)),
+        ("fragmentation", not churn.empty, lambda: figure_fragmentation(churn, events)),
+        ("granularity", not of("granularity").empty, lambda: figure_granularity(of("granularity"))),
+        ("precision", not precision.empty, lambda: figure_precision(precision)),
+        ("remedies", not of("remedies").empty, lambda: figure_remedies(summary)),
+        ("scaling", len(ranks) > 1, lambda: figure_scaling(rows)),
     ]

@@ -79,15 +79,21 @@ def frame_timeline(timeline: pd.DataFrame) -> pd.DataFrame:
     return frame(timeline, TIMELINE_COLUMNS)
 
 
+def ledger_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
+    """Return the events of a row's trial, of its own rank where several wrote."""
+    events = timeline[(timeline["trial_id"] == row["trial_id"]) & (row["trial_id"] != "")]
+    if events["rank"].notna().any():
+        events = events[events["rank"].fillna(0) == (row["rank"] if row["rank"] > 0 else 0)]
+    return events
+
+
 def stack_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
     """Return a trial's bytes by phase (index, in order) and component (columns), own bytes.
 
     From its ledger events, each component the running sum of its events' bytes; without events
     one line, ``end``, from the row's columns.
     """
-    events = timeline[(timeline["trial_id"] == row["trial_id"]) & (row["trial_id"] != "")]
-    if events["rank"].notna().any():
-        events = events[events["rank"].fillna(0) == (row["rank"] if row["rank"] > 0 else 0)]
+    events = ledger_of(row, timeline)
     if events.empty:
         columns = ("context", "nccl", "weights", "tables", "workspace")
         end = {c: row[f"{c}_bytes"] for c in columns} | {"KV": row["kv_committed_bytes"]}

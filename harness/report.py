@@ -12,7 +12,7 @@ import pandas as pd
 
 from harness import tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
-from harness.runs import Run, RunError, clean, frame, load_run, lookup, write_file
+from harness.runs import Run, RunError, clean, dicts, frame, load_run, lookup, write_file
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, markdown_text
 
@@ -115,8 +115,7 @@ def figure_files(folder: Path) -> list[Path]:
 
 def provenance(manifest: dict[str, Any]) -> list[tuple[str, str]]:
     """Return what made the run, as pairs of a name and a value."""
-    gpus = lookup(manifest, "gpus", default=[])
-    names = [clean(lookup(g, "name", default="")) for g in gpus] if isinstance(gpus, list) else []
+    names = [clean(lookup(g, "name", default="")) for g in dicts(manifest, "gpus")]
     dirty = lookup(manifest, "git", "dirty")
     versions = lookup(manifest, "versions", default={})
     pairs = [

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from harness import tables
 from harness.report import title
-from harness.runs import Run, clean, lookup, write_file
+from harness.runs import Run, clean, dicts, lookup, write_file
 from harness.series import scale
 from harness.tabular import EMPTY, Table, figure_of, gib, latex_text, tokens
 
@@ -83,7 +83,7 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
         if isinstance(peak, (int, float)):
             source = f"summary.json strategies.{name}.peak_device_bytes x {factor:g}"
             yield f"{own}Peak", gib(peak * factor), source
-        for entry in lookup(one, "decode", default=[]) or []:
+        for entry in dicts(one, "decode"):
             at, rate = (
                 lookup(entry, "resident_tokens"),
                 lookup(entry, "attention_decode_tokens_per_second"),
@@ -91,9 +91,9 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
             if isinstance(at, (int, float)):
                 source = f"summary.json strategies.{name}.decode at {at:.0f}"
                 yield f"{own}DecodeAt{letters(tokens(at))}", figure_of(rate), source
-    for claim in lookup(run.summary, "claims", default=[]) or []:
+    for claim in dicts(run.summary, "claims"):
         name = f"Claim{letters(clean(lookup(claim, 'id', default='')))}"
-        source = " ".join(map(clean, lookup(claim, "trials", default=[]) or [])) or "summary.json"
+        source = tables.value(lookup(claim, "trials", default="summary.json"))
         for key, word in (
             ("verdict", "Verdict"),
             ("measured", "Measured"),

@@ -34,6 +34,17 @@ VARIATIONS = (
     "world_size",
     "emulated_ranks",
 )
+NAMED_BY_VALUE = (
+    "strategy",
+    "model",
+    "kv_dtype",
+    "growth",
+    "release",
+    "slot_policy",
+    "arena",
+    "device_name",
+    "emulated_version",
+)
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
@@ -107,7 +118,7 @@ def _configuration(
     own: pd.DataFrame, extra: tuple[str, ...], leave: tuple[str, ...]
 ) -> pd.DataFrame:
     """Return what may split a strategy's rows: columns, and its options that no column holds."""
-    columns = [c for c in (*VARIATIONS, *extra) if c not in leave]
+    columns = [c for c in dict.fromkeys((*VARIATIONS, *extra)) if c not in leave]
     options = pd.DataFrame([options_of(v) for v in own["strategy_options"]], index=own.index)
     other = [c for c in options if c not in OPTIONS_IN_COLUMNS and c not in (*COLUMNS, *leave)]
     return pd.concat([own[columns], options[other].astype("string").fillna("")], axis=1)
@@ -125,24 +136,19 @@ def options_of(text: object) -> dict[str, str]:
 
 
 def named(column: str, value: object) -> str:
-    """Return a configuration value as a curve's name gives it."""
-    if pd.isna(value) or value == "":
+    """Return a configuration value as a curve's name gives it; ``""`` for a default."""
+    if pd.isna(value) or value in ("", "False"):
         return ""
-    if column == "fill":
-        return f"filled to {100 * float(str(value)):g} %"
     if isinstance(value, float):
         value = f"{value:g}"
-    if column in (
-        "model",
-        "strategy",
-        "strategy_options",
-        "kv_dtype",
-        "growth",
-        "release",
-        "slot_policy",
-        "arena",
-    ):
+    if column == "fill":
+        return f"filled to {100 * float(str(value)):g} %"
+    if value == "True":
+        return column
+    if column in NAMED_BY_VALUE:
         return str(value)
+    if column not in COLUMNS:
+        return f"{column}={value}"
     return f"{column.removesuffix('_tokens').removesuffix('_bytes').replace('_', ' ')} {value}"
 
 

@@ -143,6 +143,7 @@ def capacity_line(axes: Axes, capacity_gib: float, text: str = "device") -> None
         fontsize=6.5,
         va="bottom",
         bbox=WHITE_BOX,
+        zorder=1.6,
     )
 
 
@@ -155,6 +156,8 @@ def badge(figure: Figure, *texts: str) -> None:
 
 def legend(figure: Figure, handles: Sequence[Artist], columns: int = 2) -> None:
     """Put one legend over all axes, above them; in fewer columns when names are long."""
+    if not handles:
+        return
     names = [len(str(h.get_label())) for h in handles]
     while columns > 1 and _legend_letters(names, columns) > LEGEND_LETTERS:
         columns -= 1

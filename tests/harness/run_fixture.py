@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
 
 GIB = 1 << 30
@@ -233,3 +235,13 @@ def _csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> No
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def texts(figure: Figure) -> list[str]:
+    """Every text of a figure: titles, labels, legend, annotations."""
+    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+
+
+def legend(figure: Figure) -> list[str]:
+    """Return the texts of a figure's legend."""
+    return [t.get_text() for t in figure.legends[0].get_texts()]

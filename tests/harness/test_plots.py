@@ -12,18 +12,9 @@ from harness.plots_phases import figure_phases, stack_of
 from harness.plots_throughput import figure_throughput
 from harness.runs import RunError, frame
 from harness.series import series
-from tests.harness.run_fixture import SUMMARY, bracket, cell, events, sweep
+from tests.harness.run_fixture import SUMMARY, bracket, cell, events, legend, sweep, texts
 
 GIB = 1 << 30
-
-
-def texts(figure):
-    """Every text of a figure: titles, labels, legend, annotations."""
-    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
-
-
-def legend(figure):
-    return [t.get_text() for t in figure.legends[0].get_texts()]
 
 
 def timeline(rows):
@@ -155,7 +146,7 @@ def test_a_curve_splits_by_what_varies_and_keeps_every_row():
     ]
     found = series(frame(rows))
     assert sum(len(s.rows) for s in found) == len(rows)
-    assert "sglang, max running requests 16" in [s.label for s in found]
+    assert "sglang, max_running_requests=16" in [s.label for s in found]
 
 
 def test_models_get_a_panel_each():

@@ -1,0 +1,236 @@
+"""What engines ask for at start-up, item by item, and what a pool's fraction changes."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from harness import style
+from harness.plots_memory import SCALE_TEXT
+from harness.plots_phases import frame_timeline, ledger_of
+from harness.series import (
+    by_model,
+    is_scale_model,
+    needed_bytes,
+    options_of,
+    points,
+    scale,
+    series,
+)
+from harness.sizes import GIB
+from harness.tabular import tokens
+
+ITEMS = {
+    "context": style.GREY,
+    "weights": style.DARK,
+    "KV pool": style.SKY,
+    "req_to_token": style.YELLOW,
+    "other tables": style.ORANGE,
+    "CUDA graphs": style.GREEN,
+    "workspace": style.PURPLE,
+}
+ENGINE_TEXT = {
+    "measured": "Allocations of the engines' own code, emulated version by version.",
+    "planned": "Planned from the engines' formulas.",
+}
+
+
+@style.styled
+def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
+    """Draw what each engine asks for at start-up at each context, against the device.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+    timeline : pandas.DataFrame
+        The ledger's events; a trial without any is drawn from its row's columns.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel a model, a stacked bar for each configuration and context. What failed is hatched
+        and named, at the size that was asked for.
+    """
+    own, events = points(rows), frame_timeline(timeline)
+    models = list(by_model(own))
+    bars = [_bars(part, events) for _, part in models]
+    heights = [len(found) + len({b[0] for b in found}) + 1.0 for found in bars]
+    figure = style.new_figure(
+        0.85 + 0.14 * sum(heights) + 0.2 * len(models),
+        len(models),
+        sharex=True,
+        gridspec_kw={"height_ratios": heights},
+    )
+    for axes, (model, part), found in zip(figure.axes, models, bars, strict=True):
+        _stack(axes, found)
+        for value in (part["capacity_bytes"] * scale(part)).dropna().unique():
+            axes.axvline(value / GIB, color="black", linewidth=1, linestyle=(0, (4, 2)))
+        axes.set_title(style.plain(f"{model or 'any model'}, one rank"), loc="left")
+    figure.axes[-1].set_xlabel("asked for at start-up, GiB of one GPU")
+    used = {name for found in bars for bar in found for name in bar[2]}
+    handles: list[Patch | Line2D] = [Patch(color=c, label=n) for n, c in ITEMS.items() if n in used]
+    handles.append(
+        Patch(facecolor="white", edgecolor="black", hatch="////", label="failed or refused")
+    )
+    sizes = (own["capacity_bytes"] * scale(own)).dropna().unique()
+    device = " or ".join(f"{size / GIB:.1f}" for size in sizes)
+    handles.append(Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB"))
+    style.legend(figure, handles, columns=3)
+    version = own.loc[own["emulated_version"] != "", "strategy"].tolist()
+    note = ENGINE_TEXT["planned" if (own["basis"] == "planned").all() else "measured"]
+    style.badge(figure, note if version else "", SCALE_TEXT if is_scale_model(own) else "")
+    return figure
+
+
+Bar = tuple[str, str, dict[str, float], float, str]
+
+
+def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
+    """Return a bar a trial: its curve, context, GiB by item, GiB refused, what was said."""
+    out: list[Bar] = []
+    for one in series(part):
+        rows = one.rows.sort_values(["context_tokens", "fill", "repeat"])
+        for _, row in rows.drop_duplicates("context_tokens").iterrows():
+            factor = (row["scale"] if row["scale"] > 0 else 1) / GIB
+            found = {k: v * factor for k, v in items_of(row, events).items()}
+            refused, said = 0.0, ""
+            if row["status"] != "ok":
+                refused = max(row["oom_requested_bytes"] * factor, 0.0)
+                name = row["oom_allocation"] or row["oom_phase"]
+                said = f"{style.ENDS.get(row['status'], ('', row['status']))[1]}: {name}"
+            out.append((one.label, tokens(row["context_tokens"]), found, refused, said))
+    return out
+
+
+def items_of(row: pd.Series, events: pd.DataFrame) -> dict[str, float]:
+    """Return the bytes that a trial held at start-up by item, own bytes, from its ledger events.
+
+    Events of the fill and of timing are left out; without any event the row's columns are taken.
+    """
+    own = ledger_of(row, events)
+    own = own[~own["phase"].isin(["fill", "decode", "prefill"])]
+    if row["status"] != "ok":  # pieces of it that fitted are part of what was asked for
+        own = own[own["allocation"] != row["oom_allocation"]]
+    if own.empty:
+        names = {
+            "context_bytes": "context",
+            "weights_bytes": "weights",
+            "kv_committed_bytes": "KV pool",
+        }
+        names |= {"tables_bytes": "other tables", "workspace_bytes": "workspace"}
+        return {item: row[column] for column, item in names.items() if row[column] > 0}
+    item = [item_name(p, a) for p, a in zip(own["phase"], own["allocation"], strict=True)]
+    sums = own["event_bytes"].fillna(0).groupby(pd.Series(item, index=own.index)).sum()
+    return {name: float(sums[name]) for name in ITEMS if sums.get(name, 0) > 0}
+
+
+def item_name(phase: str, allocation: str) -> str:
+    """Return the figure's name of an allocation."""
+    if allocation == "req_to_token":
+        return allocation
+    if "graph" in allocation and "page_table" not in allocation:
+        return "CUDA graphs"
+    named = {"context": "context", "nccl": "context", "weights": "weights", "pool": "KV pool"}
+    return named.get(phase) or (
+        "other tables" if phase == "tables" or "table" in allocation else "workspace"
+    )
+
+
+def _stack(axes: Axes, bars: list[Bar]) -> None:
+    y, last, ticks = -1.0, "", []
+    for label, context, found, refused, said in bars:
+        y += 1
+        if label != last:
+            axes.text(
+                0.01,
+                y,
+                style.plain(label),
+                fontsize=6.5,
+                va="center",
+                weight="bold",
+                bbox=style.WHITE_BOX,
+                transform=axes.get_yaxis_transform(),
+            )
+            last, y = label, y + 1
+        ticks.append((y, context))
+        end = _bar(axes, y, found, refused)
+        axes.annotate(
+            style.plain(f"{end:.0f}" + (f"  {said}" if said else "")),
+            (end, y),
+            xytext=(2, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=6,
+            bbox=style.WHITE_BOX | {"pad": 0.2},
+            color=style.VERMILLION if said else style.BLACK,
+            zorder=3,
+        )
+    axes.set_yticks([at for at, _ in ticks], [context for _, context in ticks], fontsize=6)
+    axes.tick_params("y", length=0)
+    axes.set_ylim(y + 0.6, -0.6)
+    axes.grid(axis="y", visible=False)
+    reach = max(sum(found.values()) + refused for *_, found, refused, _ in bars)
+    axes.set_xlim(0, max(axes.get_xlim()[1], reach * 1.5))
+
+
+def _bar(axes: Axes, y: float, found: dict[str, float], refused: float) -> float:
+    """Draw one stacked bar; returns where it ends."""
+    left = 0.0
+    for name, colour in ITEMS.items():
+        axes.barh(y, found.get(name, 0), 0.75, left, color=colour, zorder=2)
+        left += found.get(name, 0)
+    if refused:
+        axes.barh(y, refused, 0.75, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
+    return left + refused
+
+
+@style.styled
+def figure_mem_fraction(rows: pd.DataFrame) -> Figure:
+    """Draw what a static pool asks for at each fraction, of the context and of the device.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Rows with ``mem_fraction``; what the fraction is of stands in ``strategy_options``.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A curve for each meaning (and whatever else varies); crosses did not start.
+    """
+    own = points(rows)
+    own = own[own["mem_fraction"].notna()]
+    meaning = [options_of(v).get("mem_fraction_of", "") for v in own["strategy_options"]]
+    figure = style.new_figure(2.7)
+    axes = figure.axes[0]
+    handles, colours = [], (style.VERMILLION, style.GREEN, style.BLUE, style.ORANGE)
+    curves = [
+        (of, one)
+        for of in dict.fromkeys(meaning)
+        for one in series(
+            own[[m == of for m in meaning]], ("model", "context_tokens"), ("mem_fraction",)
+        )
+    ]
+    for n, (of, one) in enumerate(curves):
+        colour = colours[n % len(colours)]
+        part = one.rows.sort_values("mem_fraction")
+        factor = scale(part) / GIB
+        ok = part["status"] == "ok"
+        height = part["peak_device_bytes"].where(ok, needed_bytes(part)) * factor
+        axes.plot(part["mem_fraction"], height, color=colour, lw=1)
+        axes.plot(part["mem_fraction"][ok], height[ok], "o", color=colour)
+        axes.plot(part["mem_fraction"][~ok], height[~ok], "X", color=colour, ms=6.5)
+        label = one.label + (f", fraction of the {of}" if of else "")
+        handles.append(Line2D([], [], color=colour, marker="o", label=style.plain(label)))
+    handles.append(Line2D([], [], color=style.DARK, marker="X", ls="", label="does not start"))
+    for value in (own["capacity_bytes"] * scale(own)).dropna().unique():
+        style.capacity_line(axes, value / GIB)
+    axes.set(xlabel="mem_fraction", ylabel="needed at start-up, GiB", ylim=(0, None))
+    axes.margins(y=0.12)
+    style.legend(figure, handles, columns=1)
+    at = " and ".join(tokens(c) for c in own["context_tokens"].dropna().unique())
+    style.badge(figure, f"Context {at}.", SCALE_TEXT if is_scale_model(own) else "")
+    return figure

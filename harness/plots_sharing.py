@@ -1,0 +1,158 @@
+"""Where KV memory goes when many sequences share it, and what churn leaves behind."""
+
+from __future__ import annotations
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from harness import style
+from harness.columns import TIMELINE_COLUMNS
+from harness.plots_memory import SCALE_TEXT
+from harness.runs import frame, trials
+from harness.series import is_scale_model, scale, series
+from harness.sizes import GIB
+from harness.tabular import known
+
+SHARES = {
+    "live_share": ("holds tokens", style.BLUE),
+    "reserved_share": ("reserved for later", style.SKY),
+    "internal_share": ("internal fragmentation", style.ORANGE),
+    "external_share": ("external and other", style.VERMILLION),
+}
+# Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
+# SOSP 2023, figure 2: per cent of KV memory, in the order of SHARES.
+PAPER = {
+    "Orca (Max)": (20.4, 13.3, 57.3, 8.9),
+    "Orca (Pow2)": (26.8, 17.9, 13.6, 41.6),
+    "Orca (Oracle)": (38.2, 25.2, 0.0, 36.6),
+    "vLLM": (96.3, None, None, None),
+}
+
+
+@style.styled
+def figure_waste(rows: pd.DataFrame) -> Figure:
+    """Draw shares of committed KV memory and sequences admitted, beside the paper's figure 2.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+        Rows with ``live_share`` and the other shares (means over a trace's busy part).
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    own = trials(rows)
+    ours = [(s.label, s.rows) for s in series(own, ("model",))]
+    heights = [len(ours) + 0.8, len(PAPER) + 0.8, len(ours) + 0.8]
+    figure = style.new_figure(1.5 + 0.17 * sum(heights), 3, gridspec_kw={"height_ratios": heights})
+    shares = [[part[c].median() for c in SHARES] for _, part in ours]
+    _share_bars(figure.axes[0], [label for label, _ in ours], shares)
+    figure.axes[0].set_title("here", loc="left")
+    percents = [[None if v is None else v / 100 for v in values] for values in PAPER.values()]
+    _share_bars(figure.axes[1], list(PAPER), percents)
+    figure.axes[1].set_title("PagedAttention paper (SOSP '23), figure 2", loc="left")
+    figure.axes[1].set_xlabel("share of KV memory, %")
+    axes = figure.axes[2]
+    for y, (label, part) in enumerate(ours):
+        colour, _ = style.look(part["strategy"].iloc[0])
+        admitted = part["sequences_admitted"].median()
+        axes.barh(y, admitted if known(admitted) else 0, 0.7, color=colour, zorder=2)
+        text = f"{admitted:,.0f}" if known(admitted) else "no figure"
+        axes.annotate(
+            text,
+            (admitted if known(admitted) else 0, y),
+            (2, 0),
+            fontsize=6,
+            textcoords="offset points",
+            va="center",
+        )
+        del label
+    _label_bars(axes, [label for label, _ in ours])
+    axes.set(title="", xlabel="sequences admitted")
+    axes.margins(x=0.15)
+    handles = [Patch(color=colour, label=name) for name, colour in SHARES.values()]
+    style.legend(figure, handles)
+    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    return figure
+
+
+def _share_bars(axes: Axes, labels: list[str], values: list[list[float | None]]) -> None:
+    for y, shares in enumerate(values):
+        left = 0.0
+        for share, (_, colour) in zip(shares, SHARES.values(), strict=True):
+            if not isinstance(share, float) or not known(share):
+                continue
+            axes.barh(y, 100 * share, 0.75, left, color=colour, zorder=2)
+            if share > 0.07:
+                white = colour in (style.BLUE, style.VERMILLION)
+                axes.text(
+                    left + 50 * share,
+                    y,
+                    f"{100 * share:.1f}",
+                    ha="center",
+                    va="center",
+                    fontsize=6,
+                    color="white" if white else "black",
+                )
+            left += 100 * share
+        if not left:
+            axes.text(1, y, "no figure", va="center", fontsize=6)
+    _label_bars(axes, labels)
+    axes.set_xlim(0, 100)
+
+
+def _label_bars(axes: Axes, labels: list[str]) -> None:
+    axes.set_yticks(range(len(labels)), [style.plain(x) for x in labels], fontsize=6.5)
+    axes.set_ylim(len(labels) - 0.5, -0.5)
+    axes.grid(axis="y", visible=False)
+
+
+@style.styled
+def figure_fragmentation(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
+    """Draw committed and live KV bytes over churn.
+
+    Parameters
+    ----------
+    rows : pandas.DataFrame
+    timeline : pandas.DataFrame
+        Ledger events of the trials: committed bytes, and resident tokens (times the bytes of a
+        token: live bytes).
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+        A panel a strategy and configuration.
+    """
+    own, events = trials(rows), frame(timeline, TIMELINE_COLUMNS)
+    curves = series(own, ("model",))
+    figure = style.new_figure(0.7 + 1.15 * len(curves), len(curves), sharex=True, sharey=True)
+    for axes, one in zip(figure.axes, curves, strict=True):
+        colour, _ = style.look(one.strategy)
+        drawn = False
+        for (_, row), factor in zip(one.rows.iterrows(), scale(one.rows) / GIB, strict=True):
+            mine = events[events["trial_id"] == row["trial_id"]]
+            mine = mine[mine["kv_committed_bytes"].notna()].sort_values("seconds")
+            if mine.empty:
+                continue
+            drawn = True
+            live = mine["resident_tokens"].fillna(0) * row["kv_bytes_per_token"] * factor
+            axes.step(mine["seconds"], mine["kv_committed_bytes"] * factor, color=colour)
+            axes.step(mine["seconds"], live, color=style.BLACK, linewidth=0.8, linestyle=":")
+        if not drawn:
+            axes.text(0.5, 0.5, "no ledger events", transform=axes.transAxes, ha="center")
+        axes.set_title(style.plain(one.label), loc="left")
+        axes.set_ylabel("KV, GiB")
+    figure.axes[-1].set_xlabel("seconds of churn")
+    handles = [
+        Line2D([], [], color=style.DARK, label="committed"),
+        Line2D(
+            [], [], color=style.BLACK, linewidth=0.8, linestyle=":", label="live (holds tokens)"
+        ),
+    ]
+    style.legend(figure, handles)
+    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    return figure
