@@ -10,7 +10,7 @@ import dataclasses
 import functools
 
 from harness.cell import Cell
-from harness.options import ENGINES, engine_model
+from harness.options import engine_model
 from harness.planner import OomPoints, Prediction, oom_points, predict
 from harness.planner_spec import (
     CUDA_GRANULARITY_BYTES,
@@ -18,7 +18,7 @@ from harness.planner_spec import (
     PlanSpec,
 )
 from harness.rows import Row
-from harness.settings import Settings
+from harness.settings import ENGINES, Settings
 from harness.sizes import BadValue, gib, tokens_text
 from harness.workspace import workspace_items
 

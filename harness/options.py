@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.settings import Settings
+from harness.settings import ENGINES, Settings
 from harness.workspace import workspace_bytes
 from kernels.view import DTYPE_BYTES
 from strategies.engine_model import EngineModel
-
-ENGINES = ("sglang", "vllm")
 
 
 def strategy_options(settings: Settings) -> dict[str, Any]:

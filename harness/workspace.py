@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.settings import Settings
+from harness.settings import ENGINES, Settings
 from kernels.view import Geometry
 from strategies.device import Allocation, Device
 
@@ -23,7 +23,12 @@ FLOAT64 = 8
 
 
 def workspace_items(settings: Settings) -> list[tuple[str, int]]:
-    """Name and bytes of every buffer of a rank's workspace, on the (modelled) device."""
+    """Name and bytes of every buffer of a rank's workspace, on the (modelled) device.
+
+    An engine brings its own buffers (its strategy allocates them), and none of ours.
+    """
+    if settings.strategy in ENGINES:
+        return []
     from kernels.prefill_plan import prefill_scratch_bytes
 
     from kernels.config import decode_scratch_bytes
