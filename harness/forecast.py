@@ -12,13 +12,14 @@ import functools
 from harness.cell import Cell
 from harness.options import engine_model
 from harness.planner import OomPoints, Prediction, oom_points, predict
+from harness.planner_engines import ENGINES
 from harness.planner_spec import (
     CUDA_GRANULARITY_BYTES,
     HOST_GRANULARITY_BYTES,
     PlanSpec,
 )
 from harness.rows import Row
-from harness.settings import ENGINES, Settings
+from harness.settings import Settings
 from harness.sizes import BadValue, gib, tokens_text
 from harness.workspace import workspace_items
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.settings import ENGINES, Settings
+from harness.planner_engines import ENGINES
+from harness.settings import Settings
 from harness.workspace import workspace_bytes
 from kernels.view import DTYPE_BYTES
 from strategies.engine_model import EngineModel

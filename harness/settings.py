@@ -21,7 +21,6 @@ from strategies.model import KVModel
 
 FAULTS = ("none segfault hang kill exception hidden_allocation host_oom kill_harness").split()
 PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode")
-ENGINES = ("sglang", "vllm")  # strategies that allocate as an engine does
 PAGE_TOKENS = (16, 32, 64, 128)
 # Keys of a strategy that are sizes of the modelled device, typed as text.
 _BYTE_OPTIONS = ("low_water", "kv_cache_memory_bytes")

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from harness.settings import ENGINES, Settings
+from harness.planner_engines import ENGINES
+from harness.settings import Settings
 from kernels.view import Geometry
 from strategies.device import Allocation, Device
 
@@ -29,9 +30,8 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
     """
     if settings.strategy in ENGINES:
         return []
-    from kernels.prefill_plan import prefill_scratch_bytes
-
     from kernels.config import decode_scratch_bytes
+    from kernels.prefill_plan import prefill_scratch_bytes
 
     tokens = (
         MODELLED_PREFILL_CHUNK_TOKENS if settings.on_host else settings.trial.prefill_chunk_tokens
