@@ -57,7 +57,6 @@ class HFConfig:
             weights_bytes=self.weights_bytes(tp),
             hidden_size=self.hidden,
             intermediate_size=-(-self._active_intermediate() // tp),
-            vocab_size=self.vocab,
             tensor_parallel=tp,
             window_layers=self.window_layers,
             window_tokens=self.window_tokens,

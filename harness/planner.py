@@ -24,7 +24,7 @@ __all__ = [
 
 # Contexts between 1 and the end of a sweep at which start-up is looked at before a failure is
 # narrowed down: SGLang's request limit falls with the context, so that start-up is not monotone.
-SCAN_POINTS = 96
+SCAN_POINTS = 24
 
 
 def predict(spec: PlanSpec) -> Prediction:

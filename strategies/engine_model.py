@@ -73,7 +73,6 @@ class EngineModel:
     weights_bytes: int = 0
     hidden_size: int = 4096
     intermediate_size: int = 0
-    vocab_size: int = 128_256
     tensor_parallel: int = 1
     window_layers: int = 0
     window_tokens: int = 0

@@ -24,7 +24,6 @@ ONE_RANK = EngineModel(
     weights_bytes=round(3.99 * GIB),
     hidden_size=1024,
     intermediate_size=13312,
-    vocab_size=32000,
 )
 TWO_HEADS = dataclasses.replace(ONE_RANK, kv_heads=2)
 SCOUT = dataclasses.replace(
