@@ -9,8 +9,6 @@ from harness.planner_walk import Ended, Walk
 from strategies import sizing
 from strategies.model import KVModel, LayerGroup
 
-STEP_TOKENS = 2048  # by which a sequence grows
-
 
 def predict_pool_strategy(spec: PlanSpec) -> Prediction:
     """Predict one trial of ``static``, ``paged`` or ``eager_pages``."""
@@ -149,7 +147,8 @@ def _fill(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
         return
 
     def holds(tokens: int, sequences: int) -> bool:
-        step = min(STEP_TOKENS, tokens)
+        # A step that is refused is halved, down to a page.
+        step = min(g.geometry.page_tokens for g in pool.model.groups)
         if pool.lazy:
             return pool.bytes_of(tokens, sequences, step) <= walk.free_bytes
         return pool.fits(tokens, sequences, step)
