@@ -23,8 +23,9 @@ def settings_of_command(overrides: Sequence[str], multirun: bool) -> list[Settin
     """Every arm's settings, in order, none twice; raises :class:`BadValue`."""
     found: list[Settings] = []
     for job in expand(overrides, multirun):
-        for words in arms_of(compose_config(job), job):
-            settings = settings_of(compose_config(words), words)
+        config = compose_config(job)
+        for words in arms_of(config, job):
+            settings = settings_of(config if words == job else compose_config(words), words)
             if settings not in found:
                 found.append(settings)
     results = {s.results for s in found}

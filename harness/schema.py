@@ -5,6 +5,7 @@ Ranges and rules between keys are checked in :mod:`harness.settings`.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -205,6 +206,7 @@ class RootConf:
     results: str = "results/runs"
 
 
+@functools.cache
 def register() -> None:
     """Put the schemas where the YAML files of conf/ name them in their defaults."""
     store = ConfigStore.instance()
