@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from harness.ledger import Ledger
 from harness.synthetic import Content
 from harness.workspace import BANK_TOKENS
-from strategies.errors import OutOfMemory
+from strategies.errors import OutOfMemory, Refused
 from strategies.model import KVModel
 from strategies.strategy import Strategy
 
@@ -49,7 +49,7 @@ class Filler:
 
         Raises
         ------
-        OutOfMemory
+        OutOfMemory, Refused
             With as many pages resident as fit: a refused step is halved down to one page.
         """
         began = time.perf_counter()
@@ -62,7 +62,7 @@ class Filler:
                 want = min(step - at % page, target_tokens - at)
                 try:
                     self._extend(sequence, want)
-                except OutOfMemory:
+                except (OutOfMemory, Refused):
                     if step <= page:
                         raise
                     step = max(page, step // 2)

@@ -86,11 +86,11 @@ def with_deviation(row: Row, cell: Cell) -> Row:
     for item in made.items:
         if item.location == "device" and not item.failed:
             by_phase[item.phase] = by_phase.get(item.phase, 0) + item.nbytes
-    kv = by_phase.pop("pool", 0) + by_phase.pop("fill", 0)
     measured = {
         p: row.get(f"{p}_bytes") or 0 for p in ("context", "weights", "tables", "workspace")
     }
-    measured["kv"], by_phase["kv"] = row.get("kv_committed_bytes") or 0, kv
+    measured["kv"] = row.get("kv_committed_bytes") or 0
+    by_phase["kv"] = made.predicted_kv_bytes
     allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))
     off = {p: m - by_phase.get(p, 0) for p, m in measured.items()}
     named = [f"{p} {d:+d}" for p, d in off.items() if abs(d) > allowed]

@@ -34,6 +34,8 @@ class ModelSpec:
     local_layers: int = 0
     window_tokens: int = 0
     hybrid: bool = False
+    moe: bool = False
+    architecture: str = "LlamaForCausalLM"
 
     def q_heads(self, tp: int) -> int:
         """Query heads of one of ``tp`` tensor-parallel ranks."""
@@ -131,4 +133,6 @@ def model_spec(conf: DictConfig, ranks: int) -> ModelSpec:
         local_layers=int(conf.local_layers),
         window_tokens=window,
         hybrid=bool(conf.hybrid),
+        moe=bool(conf.moe),
+        architecture=str(conf.architecture),
     )

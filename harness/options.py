@@ -42,5 +42,7 @@ def engine_model(settings: Settings) -> EngineModel:
         window_tokens=model.window_tokens,
         rotary_dim=model.rotary_dim,
         max_position_embeddings=max(10_000_000, settings.context_tokens),
+        moe=model.moe,
+        architecture=model.architecture,
         name=model.name,
     )

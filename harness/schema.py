@@ -95,6 +95,9 @@ class ModelConf:
     local_layers: int = 0
     window_tokens: int = 0
     hybrid: bool = False
+    # What decides an engine's defaults for it.
+    moe: bool = False
+    architecture: str = "LlamaForCausalLM"
 
 
 @dataclass

@@ -314,10 +314,3 @@ def from_json(data: dict[str, Any]) -> Settings:
         fills=None if data["fills"] is None else tuple(data["fills"]),
         overrides=tuple(data["overrides"]),
     )
-
-
-def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float = 1.0) -> Any:  # noqa: ANN401
-    """See :func:`harness.forecast.plan_spec`."""
-    from harness.forecast import plan_spec as made
-
-    return made(settings, context_tokens, fill)
