@@ -36,9 +36,8 @@ def settings_of_command(overrides: Sequence[str], multirun: bool) -> list[Settin
 
 def arms_of(config: DictConfig, job: Sequence[str]) -> list[list[str]]:
     """The override lists of a job: its own, or one for each arm of its experiment."""
-    matrix = OmegaConf.to_container(config.experiment.matrix or OmegaConf.create({}))
-    listed = OmegaConf.to_container(config.experiment.arms or OmegaConf.create([]))
-    if not isinstance(matrix, dict):
+    matrix, listed = _plain(config.experiment.matrix) or {}, _plain(config.experiment.arms) or []
+    if not isinstance(matrix, dict) or not all(isinstance(v, list) for v in matrix.values()):
         raise BadValue("experiment.matrix", matrix, "a mapping of keys to lists of values")
     if not isinstance(listed, list) or not all(isinstance(a, list) for a in listed):
         raise BadValue("experiment.arms", listed, "a list of lists of overrides")
@@ -49,6 +48,10 @@ def arms_of(config: DictConfig, job: Sequence[str]) -> list[list[str]]:
     if len(arms) > MAX_ARMS:
         raise BadValue("experiment", config.experiment.name, f"at most {MAX_ARMS} arms")
     return [_with_user_words(arm, job) for arm in _chosen(arms, job)]
+
+
+def _plain(node: Any) -> Any:  # noqa: ANN401
+    return OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
 
 
 def _chosen(arms: list[list[str]], job: Sequence[str]) -> list[list[str]]:

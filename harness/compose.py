@@ -20,7 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from harness.schema import register
 from harness.sizes import BadValue
@@ -55,7 +55,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     parsed = []
     for word in arguments:
         key, equals, value = word.partition("=")
-        if word[:1] in "+~":
+        if word.startswith(("+", "~")):
             raise BadValue(key, value, "keys that exist, without + or ~ (see --help)")
         if not equals:
             raise BadValue(word or "''", "", "words of the form key=value (see --help)")
@@ -65,7 +65,10 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
             override = parser.parse_overrides([word])[0]
         except HydraException:
             raise BadValue(key, value, "a value of Hydra's grammar; quote odd characters") from None
+        if re.fullmatch(r"hydra([./@].*)?", override.get_key_element()):
+            raise BadValue(key, value, "the harness's own keys, not Hydra's")
         _check_group(override)
+        _check_name(override)
         parsed.append(override)
     return parsed
 
@@ -81,6 +84,14 @@ def _check_group(override: Override) -> None:
     for value in values:
         if str(value) not in known:
             raise BadValue(group, value, ", ".join(known))
+
+
+def _check_name(override: Override) -> None:
+    """A group's name is what chose its file, and stands in every row: it cannot be another."""
+    group, _, leaf = override.get_key_element().partition(".")
+    if leaf == "name" and group in ("strategy", "hardware", "workload", "parallel"):
+        known = ", ".join(f"{group}={option}" for option in options(group))
+        raise BadValue(override.get_key_element(), override.get_value_string(), known)
 
 
 def expand(arguments: Sequence[str], multirun: bool) -> list[list[str]]:
@@ -110,13 +121,6 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
     """
     register()
     parsed = parse_overrides(overrides)
-    for override in parsed:
-        if override.get_key_element().startswith("hydra."):
-            raise BadValue(
-                override.get_key_element(),
-                override.get_value_string(),
-                "the harness's own keys; Hydra's are for its launchers with -m",
-            )
     try:
         return _composed(overrides)
     except (HydraException, OmegaConfBaseException, ValueError, AssertionError) as error:
@@ -138,25 +142,44 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
 
 def _one_line(error: Exception, parsed: Sequence[Override]) -> BadValue:
     """The override that Hydra complains of, as one line."""
-    text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}")
-    for override in sorted(parsed, key=lambda o: -o.get_key_element().count(".")):
-        key = override.get_key_element()
-        leaf = key.rsplit(".", 1)[-1]
-        if key in text or re.search(rf"\b{re.escape(leaf)}\b", text):
-            return BadValue(key, override.get_value_string(), _allowed(key, text))
-    return BadValue("configuration", "", text[:300])
+    text = re.sub(r"\s+", " ", f"{error} {error.__cause__ or ''}").strip()
+    guilty = _guilty(text, parsed)
+    if guilty is None:
+        return BadValue("configuration", "", text[:300])
+    key, value = guilty.get_key_element(), guilty.get_value_string()
+    if isinstance(error, InterpolationResolutionError):
+        return BadValue(key, value, f"a value, or a reference to a key ({text[:200]})")
+    groups = [o.input_line or "" for o in parsed if o.get_key_element() in GROUPS]
+    full = re.search(r"full_key: (\S+)", text)
+    return BadValue(key, value, _allowed(full[1] if full else key, text, groups))
 
 
-def _allowed(key: str, text: str) -> str:
-    """What a key may be, read off the default configuration."""
-    known = _keys(_composed([]))
+def _guilty(text: str, parsed: Sequence[Override]) -> Override | None:
+    """The override that an error of Hydra's is about: named, or the one that refers elsewhere."""
+    named = re.search(r"(?:merging override (.+?)=|override '(.+?)')", text)
+    key = named and (named[1] or named[2])
+    for override in reversed(parsed):
+        if override.get_key_element() == key:
+            return override
+    return next((o for o in reversed(parsed) if "${" in o.get_value_string()), None)
+
+
+KINDS = {
+    r"to Integer": "a whole number",
+    r"to Float": "a number",
+    r"not a valid bool|to Boolean": "true or false",
+    r"to string|not Optional": "text",
+}
+
+
+def _allowed(key: str, text: str, groups: Sequence[str]) -> str:
+    """What a key may be, read off the configuration of the chosen groups."""
+    known = _keys(_composed(groups))
+    children = [k for k in known if k.startswith(f"{key}.")]
+    if children:
+        return "its keys: " + ", ".join(children)
     if key in known:
-        want = re.search(r"of type '?(\w+)'? could not be converted to (\w+)", text)
-        value = re.search(r"could not be converted to (\w+)", text)
-        kind = want[2] if want else value[1] if value else "the type that its file shows"
-        return {"Integer": "a whole number", "Float": "a number", "Boolean": "true or false"}.get(
-            kind, kind
-        )
+        return next((kind for what, kind in KINDS.items() if re.search(what, text)), "another type")
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)

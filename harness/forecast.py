@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 
 from harness.cell import Cell
 from harness.options import engine_model
@@ -56,14 +57,29 @@ def predict_cell(cell: Cell) -> Prediction:
     return predict(plan_spec(cell.settings, cell.context_tokens, fill))
 
 
+_COMPLAINT = re.compile(
+    r"(?:\w+ )?(?P<key>\w+)=(?P<value>.*?): (?:not allowed; allowed: |allowed are )?(?P<allowed>.*)"
+)
+
+
 def check(settings: Settings) -> None:
-    """Ask the planner once, so that a flag that does not exist is said before anything runs."""
+    """Ask the planner once, so that a flag that does not exist is said before anything runs.
+
+    Raises
+    ------
+    BadValue
+        Names the strategy's key, its value and what is allowed.
+    """
     try:
-        predict(plan_spec(settings))
+        for context in settings.contexts:
+            predict(plan_spec(settings, context))
+    except BadValue:
+        raise
     except ValueError as error:
-        key, _, rest = str(error).partition("=")
-        value, _, allowed = rest.partition(":")
-        raise BadValue(f"strategy.{key.strip()}", value, allowed.strip() or str(error)) from None
+        said = _COMPLAINT.fullmatch(str(error))
+        if said is None:
+            raise BadValue("strategy", settings.strategy, str(error)) from None
+        raise BadValue(f"strategy.{said['key']}", said["value"], said["allowed"]) from None
 
 
 def columns(cell: Cell) -> Row:

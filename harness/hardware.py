@@ -15,6 +15,9 @@ from omegaconf import DictConfig, OmegaConf
 from harness.compose import conf_dir
 from harness.sizes import BadValue, parse_bytes
 
+KINDS = ("auto", "cuda", "scale_model")
+MAX_GPUS = 1024
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -109,8 +112,10 @@ def resolve(conf: DictConfig, planning: bool = False) -> Hardware:
         When the device is not here, or the capacity exceeds it.
     """
     index = int(conf.index)
-    if index < 0:
-        raise BadValue("hardware.index", index, "0 or more")
+    if not 0 <= index < MAX_GPUS:
+        raise BadValue("hardware.index", index, f"0 to {MAX_GPUS - 1}")
+    if conf.kind not in KINDS:
+        raise BadValue("hardware.kind", conf.kind, ", ".join(KINDS))
     gpu = seen_gpu(index) if conf.kind != "scale_model" and torch_has_cuda() else None
     kind = str(conf.kind)
     if kind == "auto":
@@ -122,6 +127,7 @@ def resolve(conf: DictConfig, planning: bool = False) -> Hardware:
         described = _by_device_name(gpu.name)
     else:
         described = conf
+    _check(described)
     found = Hardware(
         option=str(conf.name),
         kind=kind,
@@ -136,6 +142,19 @@ def resolve(conf: DictConfig, planning: bool = False) -> Hardware:
     if kind == "cuda" and not planning:
         found = _as_present(found, gpu, conf)
     return _capped(found, conf.capacity)
+
+
+def _check(described: DictConfig) -> None:
+    """A description that a user changed by keys still describes a device."""
+    if not described.device_name:
+        raise BadValue("hardware.kind", described.kind, "scale_model, or hardware=h200, h100")
+    for key, value, top in (
+        ("sm_count", described.sm_count, 4096),
+        ("total_bytes", described.total_bytes, 1 << 44),
+        ("free_bytes", described.free_bytes, described.total_bytes),
+    ):
+        if not 1 <= value <= top:
+            raise BadValue(f"hardware.{key}", value, f"1 to {top}")
 
 
 def _by_device_name(name: str) -> DictConfig:

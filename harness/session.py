@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from harness import provenance
+from harness import forecast, provenance
 from harness.folder import RunFolder, find_or_create
 from harness.lock import device_lock
 from harness.progress import Progress
@@ -21,7 +21,14 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     -------
     bool
         Whether every trial ended in a recorded status that is no fault of the harness.
+
+    Raises
+    ------
+    BadValue
+        Before anything is written, when the planner or a strategy does not know a flag's value.
     """
+    for one in settings:
+        forecast.check(one)
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)
     with device_lock(settings[0].hardware):

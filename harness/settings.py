@@ -7,6 +7,7 @@ trial's process as JSON, and its content is what a trial's identity is made of.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,7 +21,7 @@ from harness.sizes import BadValue, parse_bytes, parse_tokens
 from strategies.model import KVModel
 
 FAULTS = ("none segfault hang kill exception hidden_allocation host_oom kill_harness").split()
-PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode")
+FAULT_PHASES = ("context", "weights", "tables", "pool", "workspace", "fill", "decode")
 PAGE_TOKENS = (16, 32, 64, 128)
 # Keys of a strategy that are sizes of the modelled device, typed as text.
 _BYTE_OPTIONS = ("low_water", "kv_cache_memory_bytes")
@@ -143,8 +144,10 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     _range("seed", conf.seed, 0, 2**32 - 1)
     for key, top in (("bracket_repeats", 10), ("repeats", 100)):
         _range(f"sweep.{key}", conf.sweep[key], 1, top)
-    return Settings(
-        experiment=str(conf.experiment.name),
+    if not str(conf.results).strip():
+        raise BadValue("results", conf.results, "a folder")
+    made = Settings(
+        experiment=_name("experiment.name", conf.experiment.name),
         strategy=str(conf.strategy.name),
         options=_strategy_options(conf.strategy),
         model=model,
@@ -165,6 +168,16 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         results=str(conf.results),
         overrides=tuple(overrides),
     )
+    if made.device_bytes < 1:
+        raise BadValue("hardware.capacity", conf.hardware.capacity, f"at least {made.scale} bytes")
+    return made
+
+
+def _name(key: str, value: object) -> str:
+    """A word that is safe as a folder's name and in a table."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]{0,63}", str(value)):
+        raise BadValue(key, value, "up to 64 letters, digits, '_', '.', '+' or '-'")
+    return str(value)
 
 
 def _plain(node: DictConfig) -> dict[str, Any]:
@@ -290,10 +303,13 @@ def _fills(value: object) -> tuple[float, ...] | None:
 
 def _fault(conf: DictConfig) -> dict[str, Any]:
     _choice("fault.kind", conf.kind, FAULTS)
-    _choice("fault.phase", conf.phase, PHASES)
+    _choice("fault.phase", conf.phase, FAULT_PHASES)
     if conf.kind == "none":
         return {"kind": "none"}
-    nbytes = 0 if str(conf.bytes) == "0" else parse_bytes(conf.bytes, "fault.bytes")
+    nbytes = 0
+    if conf.kind == "hidden_allocation":
+        nbytes = parse_bytes(conf.bytes, "fault.bytes")
+        _choice("fault.phase", conf.phase, FAULT_PHASES[1:])  # there is no device before
     return {"kind": str(conf.kind), "phase": str(conf.phase), "bytes": nbytes}
 
 
