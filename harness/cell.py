@@ -29,16 +29,22 @@ class Cell:
     timing: bool = True
     histories: bool = False  # also time prefill at several histories
     repeat: int = 0
+    context_index: int = 0  # which share of each sequence this rank has; no part of the identity
 
     @property
     def local_context_tokens(self) -> int:
         """Tokens of one sequence of full context that this rank keeps."""
-        return self.settings.local_tokens(self.context_tokens)
+        return self.settings.local_tokens(self.context_tokens, self.context_index)
 
     @property
     def target_tokens(self) -> int:
         """Tokens of each sequence that are to be resident on this rank."""
-        return math.floor(self.local_context_tokens * self.fill + 1e-9)
+        return self.settings.local_tokens(self.filled_tokens, self.context_index)
+
+    @property
+    def filled_tokens(self) -> int:
+        """Tokens of each sequence that are to be resident over all ranks."""
+        return math.floor(self.context_tokens * self.fill + 1e-9)
 
     def content(self, with_strategy: bool = True) -> dict[str, Any]:
         """Everything that decides what is measured, and nothing else."""
@@ -72,7 +78,15 @@ class Cell:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dictionary for a trial's process."""
-        own = ("context_tokens", "fill", "purpose", "timing", "histories", "repeat")
+        own = (
+            "context_tokens",
+            "fill",
+            "purpose",
+            "timing",
+            "histories",
+            "repeat",
+            "context_index",
+        )
         return {"settings": to_json(self.settings), **{k: getattr(self, k) for k in own}}
 
 

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from harness.compose import conf_dir
 from harness.sizes import BadValue, parse_bytes
+from harness.visible_gpus import nvml_handle
 
 KINDS = ("auto", "cuda", "scale_model")
 MAX_GPUS = 1024
@@ -59,7 +60,7 @@ def torch_has_cuda() -> bool:
 
 
 def seen_gpu(index: int = 0) -> GpuSeen | None:
-    """What NVML sees at ``index``; None without a driver or such a GPU."""
+    """What NVML sees of the GPU that CUDA calls ``index``; None without a driver or such a GPU."""
     try:
         import pynvml
 
@@ -67,9 +68,9 @@ def seen_gpu(index: int = 0) -> GpuSeen | None:
     except Exception:  # any failure to load the driver's library means: no GPU here
         return None
     try:
-        if index >= pynvml.nvmlDeviceGetCount():
+        handle = nvml_handle(pynvml, index)
+        if handle is None:
             return None
-        handle = pynvml.nvmlDeviceGetHandleByIndex(index)
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         return GpuSeen(
             _text(pynvml.nvmlDeviceGetName(handle)),

@@ -139,7 +139,12 @@ class ParallelConf:
     kind: str = "tp"  # tp | context
     ranks: int = 8  # ranks that the model is shaped for
     context_ranks: int = 1
-    processes: int = 1  # ranks that really run here
+    # Ranks that really run; null: one, or as many as torchrun started.
+    processes: Any = None
+    backend: str = "auto"  # auto | nccl | gloo
+    nccl: Any = "0"  # bytes that NCCL takes on a rank, for the planner and the scale model
+    # More processes than this, or than there are GPUs, are planned instead of run; null: an error.
+    plan_beyond: Any = None
 
 
 @dataclass
@@ -162,6 +167,7 @@ class SweepConf:
     brackets: bool = True
     bracket_repeats: int = 2
     repeats: int = 1
+    capacity: bool = False  # also fill one sequence until it is refused
     one_process: bool = False  # one process fills through every `fill` and writes a row at each
 
 
@@ -188,6 +194,7 @@ class FaultConf:
     kind: str = "none"
     phase: str = "fill"
     bytes: Any = "0"
+    rank: Any = None  # null: on every rank
 
 
 @dataclass

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from harness.compose import compose_config, expand
 from harness.hardware import Hardware, resolve
 from harness.model_spec import ModelSpec, model_spec, scaled
+from harness.parallel import Parallel, parallel_of
+from harness.ranks import all_tokens, share_tokens
 from harness.sizes import BadValue, parse_bytes, parse_tokens
 from strategies.model import KVModel
 
@@ -44,21 +46,6 @@ class TrialOptions:
 
 
 @dataclass(frozen=True)
-class Parallel:
-    """Ranks that the model is shaped for, and those that really run."""
-
-    kind: str
-    ranks: int
-    context_ranks: int
-    processes: int
-
-    @property
-    def tp(self) -> int:
-        """Tensor-parallel ranks: heads are split over them."""
-        return self.ranks // self.context_ranks
-
-
-@dataclass(frozen=True)
 class Settings:
     """A configuration that can be run or planned."""
 
@@ -76,6 +63,7 @@ class Settings:
     sequences: int
     brackets: bool
     bracket_repeats: int
+    capacity: bool
     repeats: int
     one_process: bool
     seed: int
@@ -96,6 +84,8 @@ class Settings:
     @property
     def basis(self) -> str:
         """What a row of these settings rests on."""
+        if self.parallel.planned:
+            return "planned"
         return "scale_model" if self.on_host else "measured"
 
     @property
@@ -114,9 +104,14 @@ class Settings:
         full = self.full_model()
         return scaled(full) if self.on_host else full
 
-    def local_tokens(self, tokens: int) -> int:
+    def local_tokens(self, tokens: int, context_index: int = 0) -> int:
         """Tokens of a sequence that one rank keeps: all, or its share under context parallelism."""
-        return math.ceil(tokens / self.parallel.context_ranks)
+        ranks = self.parallel.context_ranks
+        return share_tokens(tokens, self.trial.page_tokens, ranks, context_index)
+
+    def all_tokens(self, local_tokens: int) -> int:
+        """The longest sequence of which a rank keeps at most ``local_tokens``."""
+        return all_tokens(local_tokens, self.trial.page_tokens, self.parallel.context_ranks)
 
 
 def compose_settings(arguments: Sequence[str], planning: bool = False) -> Settings:
@@ -135,7 +130,7 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     """Validate a composed configuration; raises :class:`BadValue`."""
     hardware = resolve(conf.hardware, planning)
     on_host = hardware.kind == "scale_model"
-    parallel = _parallel(conf.parallel)
+    parallel = parallel_of(conf.parallel, on_host, hardware.index, planning)
     context = parse_tokens(_scalar(conf.context, "context"))
     model = model_spec(conf.model, parallel.tp)
     if conf.workload.kind not in ("fill", "batch", "trace", "churn"):
@@ -161,6 +156,7 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         sequences=int(conf.workload.sequences),
         brackets=bool(conf.sweep.brackets),
         bracket_repeats=int(conf.sweep.bracket_repeats),
+        capacity=bool(conf.sweep.capacity),
         repeats=int(conf.sweep.repeats),
         one_process=bool(conf.sweep.one_process),
         seed=int(conf.seed),
@@ -200,16 +196,6 @@ def _range(key: str, value: float, low: float, high: float) -> None:
 def _choice(key: str, value: object, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise BadValue(key, value, ", ".join(allowed))
-
-
-def _parallel(conf: DictConfig) -> Parallel:
-    _choice("parallel.kind", conf.kind, ("tp", "context"))
-    _range("parallel.ranks", conf.ranks, 1, 1024)
-    _range("parallel.context_ranks", conf.context_ranks, 1, conf.ranks)
-    _range("parallel.processes", conf.processes, 1, conf.ranks)
-    if conf.ranks % conf.context_ranks:
-        raise BadValue("parallel.context_ranks", conf.context_ranks, f"a divisor of {conf.ranks}")
-    return Parallel(str(conf.kind), int(conf.ranks), int(conf.context_ranks), int(conf.processes))
 
 
 def _strategy_options(conf: DictConfig) -> dict[str, Any]:
@@ -310,7 +296,12 @@ def _fault(conf: DictConfig) -> dict[str, Any]:
     if conf.kind == "hidden_allocation":
         nbytes = parse_bytes(conf.bytes, "fault.bytes")
         _choice("fault.phase", conf.phase, FAULT_PHASES[1:])  # there is no device before
-    return {"kind": str(conf.kind), "phase": str(conf.phase), "bytes": nbytes}
+    fault = {"kind": str(conf.kind), "phase": str(conf.phase), "bytes": nbytes}
+    if conf.rank is None:
+        return fault
+    if isinstance(conf.rank, bool) or not isinstance(conf.rank, int) or conf.rank < 0:
+        raise BadValue("fault.rank", conf.rank, "null, or the number of a rank")
+    return fault | {"rank": conf.rank}
 
 
 def to_json(settings: Settings) -> dict[str, Any]:
