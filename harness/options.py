@@ -6,7 +6,7 @@ from typing import Any
 
 from harness.planner_engines import ENGINES
 from harness.settings import Settings
-from harness.workspace import workspace_bytes
+from harness.workspace import workspace_reserve_bytes
 from kernels.view import DTYPE_BYTES
 from strategies.engine_model import EngineModel
 
@@ -21,8 +21,9 @@ def strategy_options(settings: Settings) -> dict[str, Any]:
     options["arena_kind"] = settings.trial.arena
     if "low_water" in options:
         options["low_water_bytes"] = options.pop("low_water") // settings.scale
-    if settings.strategy == "eager_pages":
-        options["workspace_reserve_bytes"] = -(-workspace_bytes(settings) // settings.scale)
+    by_device = options.get("mem_fraction_of") == "device"
+    if settings.strategy == "eager_pages" or by_device:
+        options["workspace_reserve_bytes"] = workspace_reserve_bytes(settings)
     return options
 
 

@@ -91,7 +91,9 @@ def _start_static(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
     if spec.options.get("mem_fraction_of", "context") == "context":
         tokens = sizing.slot_tokens(spec.context_tokens, fraction)
     else:
-        budget = sizing.static_device_budget_bytes(spec.capacity_bytes, walk.free_bytes, fraction)
+        budget = sizing.static_device_budget_bytes(
+            spec.capacity_bytes, walk.free_bytes, fraction, spec.workspace_bytes
+        )
         tokens, slots = sizing.budget_tokens(model, budget), 1
         if tokens < 1:
             item = PlanItem("pool", "kv_pool", sizing.pool_bytes(model, 1))

@@ -65,8 +65,9 @@ class PlanSpec:
 
     @property
     def workspace_bytes(self) -> int:
-        """Bytes that are allocated once the strategy has started."""
-        return sum(nbytes for _, nbytes in self.workspace_items)
+        """Bytes that are allocated once the strategy has started, as the device rounds them."""
+        unit = self.granularity_bytes
+        return sum(-(-nbytes // unit) * unit for _, nbytes in self.workspace_items)
 
     @property
     def modelled_total_bytes(self) -> int:

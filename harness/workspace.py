@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.planner_engines import ENGINES
+from harness.planner_spec import CUDA_GRANULARITY_BYTES, HOST_GRANULARITY_BYTES
 from harness.settings import Settings
 from kernels.view import Geometry
 from strategies.device import Allocation, Device
@@ -56,9 +57,10 @@ def gate_bytes(geometry: Geometry) -> int:
     return BANK_TOKENS * FLOAT64 * (4 * geometry.head_dim + 3 * rows)
 
 
-def workspace_bytes(settings: Settings) -> int:
-    """All of :func:`workspace_items`, on the (modelled) device."""
-    return sum(n for _, n in workspace_items(settings))
+def workspace_reserve_bytes(settings: Settings) -> int:
+    """What a pool must leave for the workspace: every buffer as this device rounds it."""
+    unit = HOST_GRANULARITY_BYTES if settings.on_host else CUDA_GRANULARITY_BYTES
+    return sum(-(-n // (settings.scale * unit)) * unit for _, n in workspace_items(settings))
 
 
 @dataclass

@@ -61,6 +61,7 @@ class EngineStrategy(Strategy):
         self._held: list[tuple[Item, Allocation]] = []
         self._open: dict[int, int] = {}
         self._limits: dict[int, int] = {}
+        self._used_slots = 0
 
     @abstractmethod
     def _make_plan(self, free_before_bytes: int) -> EnginePlan:
@@ -128,7 +129,7 @@ class EngineStrategy(Strategy):
         return self.plan
 
     def _free_slots(self, plan: EnginePlan) -> int:
-        return plan.slots - sum(plan.slots_for(tokens) for tokens in self._open.values() if tokens)
+        return plan.slots - self._used_slots
 
     def can_admit(self, tokens: int) -> bool:
         """Whether the engine would accept a request that grows to ``tokens`` tokens."""
@@ -192,11 +193,14 @@ class EngineStrategy(Strategy):
             text = f"no free K/V slot: {more} of {plan.slot_tokens} tokens asked, {free} free"
             raise self._refused(more * plan.slot_tokens, free * plan.slot_tokens, text)
         self._open[sequence] = goal
+        self._used_slots += more
         return 0
 
     def close(self, sequence: int) -> None:
         """End a sequence; its slots are free for the next one."""
-        self.resident_tokens(sequence)
+        held = self.resident_tokens(sequence)
+        if held:
+            self._used_slots -= self._started().slots_for(held)
         del self._open[sequence], self._limits[sequence]
 
     def resident_tokens(self, sequence: int) -> int:
@@ -204,6 +208,11 @@ class EngineStrategy(Strategy):
         if sequence not in self._open:
             raise ValueError(f"sequence={sequence}: is not open")
         return self._open[sequence]
+
+    def room_tokens(self, sequence: int) -> int:
+        """Tokens that fit into the request's slots of full attention."""
+        unit = self._started().slot_tokens
+        return -(-self.resident_tokens(sequence) // unit) * unit
 
     def batch(self, sequences: Sequence[int]) -> list[View]:
         """Refuse: an engine's pool is not in our layout, and emulations are never timed.
@@ -229,5 +238,6 @@ class EngineStrategy(Strategy):
         """Give everything back; the strategy can be started again."""
         self._open.clear()
         self._limits.clear()
+        self._used_slots = 0
         self._release()
         self.plan = None

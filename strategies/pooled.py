@@ -199,6 +199,15 @@ class PooledStrategy(Strategy):
         with self._lock:
             return self._state(sequence).tokens
 
+    def room_tokens(self, sequence: int) -> int:
+        """Tokens that fit into the sequence's pages."""
+        with self._lock:
+            self._state(sequence)
+            return min(
+                pool.table.rows[sequence].count * pool.group.geometry.page_tokens
+                for pool in self.pools
+            )
+
     def batch(self, sequences: Sequence[int]) -> list[View]:
         """Show the kernels what to read: a view per layer group, in the model's order."""
         with self._lock:

@@ -59,14 +59,18 @@ def static_pool_bytes(
     return pool_bytes(model, slot_tokens(context_tokens, mem_fraction), sequences)
 
 
-def static_device_budget_bytes(capacity_bytes: int, free_bytes: int, mem_fraction: float) -> int:
+def static_device_budget_bytes(
+    capacity_bytes: int, free_bytes: int, mem_fraction: float, workspace_reserve_bytes: int = 0
+) -> int:
     """Pool budget when the fraction is one of the device: ``fraction * capacity - used``.
 
     SGLang documents ``mem_fraction_static`` as (weights + KV pool) / device memory; what is used
-    already (weights, tables) therefore comes off. May be negative.
+    already (weights, tables) therefore comes off. No more than what is free less the workspace's
+    reserve. May be negative.
     """
     used_bytes = capacity_bytes - free_bytes
-    return math.floor(capacity_bytes * Fraction(str(mem_fraction))) - used_bytes
+    budget = math.floor(capacity_bytes * Fraction(str(mem_fraction))) - used_bytes
+    return min(budget, free_bytes - workspace_reserve_bytes)
 
 
 def budget_bytes(

@@ -27,10 +27,12 @@ class Static(PooledStrategy):
     mem_fraction_of : str
         ``context``: a slot holds ``ceil(context * mem_fraction)`` tokens, and there are
         ``sequences`` slots. ``device``: the pool is ``mem_fraction * capacity`` less what is used
-        when it starts; it is cut into as many slots of a full context as fit (``sequences`` at
-        most), or is one smaller slot when none fits.
+        when it starts, and no more than what is free less ``workspace_reserve_bytes``; it is cut
+        into as many slots as fit (``sequences`` at most), or is one smaller slot when none fits.
     slot_policy : str
         ``max``, ``pow2`` or ``exact`` (:func:`strategies.slots.slot_pages`).
+    workspace_reserve_bytes : int
+        Left free for what is allocated later, where the pool is sized by the device.
     """
 
     name = "static"
@@ -45,6 +47,7 @@ class Static(PooledStrategy):
         mem_fraction_of: str = "context",
         slot_policy: str = "max",
         arena_kind: str = "auto",
+        workspace_reserve_bytes: int = 0,
     ) -> None:
         super().__init__(device, model, context_tokens, sequences, arena_kind)
         if not 0 < mem_fraction <= 1:
@@ -57,6 +60,7 @@ class Static(PooledStrategy):
             raise ValueError(f"slot_policy={slot_policy}: allowed are {', '.join(SLOT_POLICIES)}")
         self.mem_fraction, self.mem_fraction_of = mem_fraction, mem_fraction_of
         self.slot_policy = slot_policy
+        self.workspace_reserve_bytes = workspace_reserve_bytes
         self.slot_tokens = 0
         self._slots: list[SlotPool] = []
         self._owned: dict[int, list[tuple[int, int]]] = {}
@@ -76,7 +80,10 @@ class Static(PooledStrategy):
     def _device_pool_tokens(self) -> int:
         device = self.device
         nbytes = sizing.static_device_budget_bytes(
-            device.capacity_bytes, device.free_bytes(), self.mem_fraction
+            device.capacity_bytes,
+            device.free_bytes(),
+            self.mem_fraction,
+            self.workspace_reserve_bytes,
         )
         tokens = sizing.budget_tokens(self.model, nbytes)
         if tokens < 1:
@@ -165,6 +172,15 @@ class Static(PooledStrategy):
                     pool.append(sequence, grant)
             self._grow(state, tokens)
             return 0
+
+    def room_tokens(self, sequence: int) -> int:
+        """Tokens that fit into the sequence's slot."""
+        with self._lock:
+            self._state(sequence)
+            return min(
+                (hi - lo) * pool.group.geometry.page_tokens
+                for pool, (lo, hi) in zip(self.pools, self._owned[sequence], strict=True)
+            )
 
     def close(self, sequence: int) -> None:
         """End a sequence; its slot is free for the next one."""

@@ -55,6 +55,10 @@ class Strategy(ABC):
     def resident_tokens(self, sequence: int) -> int:
         """Tokens that the sequence holds."""
 
+    def room_tokens(self, sequence: int) -> int:
+        """Tokens that fit into what the sequence was given: its slot, or its pages so far."""
+        return self.resident_tokens(sequence)
+
     @abstractmethod
     def batch(self, sequences: Sequence[int]) -> list[View]:
         """Show the kernels what to read, a view per layer group."""

@@ -101,7 +101,7 @@ class Happened:
         if spec.engine_model is not None:
             options["engine_model"] = spec.engine_model
             options["device_total_bytes"] = spec.device_total_bytes
-        elif spec.strategy == "eager_pages":
+        elif spec.strategy == "eager_pages" or options.get("mem_fraction_of") == "device":
             options["workspace_reserve_bytes"] = spec.workspace_bytes
         made = build(
             spec.strategy, device, spec.model, spec.context_tokens, spec.sequences, **options

@@ -1,0 +1,93 @@
+"""What KV memory is used for, as the PagedAttention paper counts it.
+
+Kwon et al., SOSP 2023, figure 2 and section 3.1: of the committed K/V memory,
+
+* *live* holds tokens;
+* *reserved* is given to a sequence and will hold its later tokens;
+* *internal* is given to a sequence and will never hold one (the end of a slot, or of a last page);
+* *external* (and other) is given to nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from strategies.strategy import Strategy
+
+NAMES = ("live", "reserved", "internal", "external")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """K/V bytes by their use; the four add up to what is committed."""
+
+    live: float
+    reserved: float
+    internal: float
+    external: float
+
+    @property
+    def committed(self) -> float:
+        """All of them."""
+        return self.live + self.reserved + self.internal + self.external
+
+    def columns(self) -> dict[str, float | None]:
+        """``live_share`` … of the committed bytes; None when nothing is committed."""
+        whole = self.committed
+        return {f"{n}_share": getattr(self, n) / whole if whole else None for n in NAMES}
+
+
+def parts_of(committed: float, live: float, reserved: float, internal: float) -> Parts:
+    """External is what is left of the committed bytes."""
+    return Parts(live, reserved, internal, committed - live - reserved - internal)
+
+
+def snapshot(strategy: Strategy, token_bytes: int, totals: Mapping[int, int]) -> Parts:
+    """The parts now, for open sequences that will end at these numbers of tokens.
+
+    Parameters
+    ----------
+    token_bytes : int
+        K/V bytes of a token over all layer groups.
+    totals : mapping of int to int
+        Tokens at its end, for every open sequence.
+    """
+    held = strategy.footprint()
+    reserved = internal = 0
+    for sequence, total in totals.items():
+        room = strategy.room_tokens(sequence)
+        internal += max(0, room - total)
+        reserved += max(0, min(room, total) - strategy.resident_tokens(sequence))
+    return parts_of(
+        held.committed_bytes, held.live_bytes, reserved * token_bytes, internal * token_bytes
+    )
+
+
+class Means:
+    """Means of the parts over time."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums = dict.fromkeys(NAMES, 0.0)
+
+    def add(self, parts: Parts, steps: int, growth: float = 0.0) -> None:
+        """Count ``steps`` steps that begin with ``parts``.
+
+        Parameters
+        ----------
+        growth : float
+            Bytes that turn from reserved into live with each step.
+        """
+        self.steps += steps
+        for name in NAMES:
+            self._sums[name] += getattr(parts, name) * steps
+        grown = growth * steps * (steps - 1) / 2
+        self._sums["live"] += grown
+        self._sums["reserved"] -= grown
+
+    def parts(self) -> Parts | None:
+        """The means; None before the first step."""
+        if not self.steps:
+            return None
+        return Parts(**{n: total / self.steps for n, total in self._sums.items()})
