@@ -10,11 +10,15 @@ RELATIVE_WIDTH = 0.001
 
 @dataclass(frozen=True)
 class Bracket:
-    """An OOM point; ``not_ok`` is None when nothing up to the end of the sweep failed."""
+    """An OOM point; ``not_ok`` is None when nothing up to the end of the sweep failed.
+
+    ``limited_by`` is ``oom``, ``refused`` or ``sweep_end``; ``""`` when a trial died on the way,
+    and what lies between the ends is unknown.
+    """
 
     ok: int | None
     not_ok: int | None
-    limited_by: str  # oom | refused | sweep_end
+    limited_by: str
 
     def closed(self, chunk_tokens: int) -> bool:
         """Whether it is as narrow as one chunk or 0.1 %, whichever is larger."""
@@ -38,12 +42,13 @@ def close_bracket(
     """Find where ``test`` turns from ``ok`` to something else.
 
     Opens at the guess and one chunk above it, widens by doubling when the guess was wrong, and
-    bisects what is left.
+    bisects what is left. Ends at once where a trial has no answer: it crashed or hung, and so would
+    its neighbours.
 
     Parameters
     ----------
     test : callable
-        Runs a trial at a context; returns ``ok``, ``oom`` or ``refused``.
+        Runs a trial at a context; returns ``ok``, ``oom`` or ``refused``, or ``""`` when unknown.
     guess_tokens : int
         Where the planner expects the largest ok.
     smallest, largest : int
@@ -54,16 +59,27 @@ def close_bracket(
     def ask(tokens: int) -> bool:
         if tokens not in answers:
             answers[tokens] = test(tokens)
+        if not answers[tokens]:
+            raise _Unknown
         return answers[tokens] == "ok"
 
-    low, high = _opened(ask, guess_tokens, chunk_tokens, smallest, largest)
-    while low is not None and high is not None and high - low > resolution(low, chunk_tokens):
-        middle = (low + high) // 2
-        if ask(middle):
-            low = middle
-        else:
-            high = middle
+    try:
+        low, high = _opened(ask, guess_tokens, chunk_tokens, smallest, largest)
+        while low is not None and high is not None and high - low > resolution(low, chunk_tokens):
+            middle = (low + high) // 2
+            if ask(middle):
+                low = middle
+            else:
+                high = middle
+    except _Unknown:
+        good = [t for t, answer in answers.items() if answer == "ok"]
+        bad = [t for t, answer in answers.items() if answer not in ("ok", "")]
+        return Bracket(max(good, default=None), min(bad, default=None), "")
     return Bracket(low, high, "sweep_end" if high is None else answers[high])
+
+
+class _Unknown(Exception):
+    """A trial says nothing about where memory ends."""
 
 
 def _opened(

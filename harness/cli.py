@@ -7,7 +7,6 @@ same command).
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 from harness.folder import FolderError
 from harness.lock import Busy
 from harness.settings import Settings
-from harness.sizes import BadValue
+from harness.sizes import BadValue, printable
 
 HYDRA_FLAGS = (
     "--help",
@@ -52,16 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_of_command(overrides, multirun)
         return _run(settings, words)
     except (BadValue, FolderError, Busy) as error:
-        print(f"harness: {one_line(error)}", file=sys.stderr)
+        print(f"harness: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nharness: interrupted; the same command resumes this run", file=sys.stderr)
         return 130
-
-
-def one_line(error: Exception) -> str:
-    """An error as one line of printable text."""
-    return re.sub(r"\s+", " ", str(error)).strip()
 
 
 def _hydra(words: list[str]) -> int:

@@ -192,5 +192,5 @@ def _keys(node: Any, prefix: str = "") -> list[str]:  # noqa: ANN401
     out = [prefix] if prefix else []
     for name in node:
         child = node._get_node(name)
-        out += _keys(child, f"{prefix}.{name}" if prefix else str(name))
+        out += _keys(child, f"{prefix}.{name!s}" if prefix else str(name))
     return out

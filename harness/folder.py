@@ -9,46 +9,81 @@ from __future__ import annotations
 import contextlib
 import csv
 import fcntl
+import io
 import json
 import os
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
-from harness.launch import Outcome
+from harness.columns import COLUMNS, TIMELINE_COLUMNS, is_text, ordered
 from harness.rows import Row
 
-SCHEMA = 1
+# Endings whose output is kept beside the rows, for whoever wants to know why.
+LOGGED = ("crash", "timeout", "oom_host")
 
 
 class FolderError(OSError):
     """The results folder cannot be written: one clear line."""
 
 
+@dataclass
+class Outcome:
+    """What a trial left behind: rows, ledger events, raw timings, and what it printed."""
+
+    rows: list[Row]
+    timeline: list[Row]
+    samples: list[Row]
+    log: str = ""
+
+
 def find_or_create(results: Path, experiment: str, config_hash: str) -> tuple[RunFolder, bool]:
-    """The newest unfinished run of this configuration, or a new folder; True when resumed."""
+    """The newest unfinished run of this configuration, or a new folder; True when resumed.
+
+    Raises
+    ------
+    FolderError
+        When it cannot be written.
+    """
     base = results / experiment
     try:
         base.mkdir(parents=True, exist_ok=True)
         for path in sorted(base.iterdir(), reverse=True):
-            manifest = _read_manifest(path)
-            if manifest.get("config_hash") == config_hash and not manifest.get("finished_utc"):
-                with contextlib.suppress(BlockingIOError):  # another harness is at work in it
-                    return RunFolder(path, resumed=True), True
+            found = _resumed(path, config_hash)
+            if found is not None:
+                return found, True
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
         for attempt in range(100):
             path = base / (f"{stamp}-{config_hash[:6]}" + (f"-{attempt}" if attempt else ""))
-            try:
+            with contextlib.suppress(FileExistsError):
                 path.mkdir()
-            except FileExistsError:
-                continue
-            return RunFolder(path), False
+                return RunFolder(path), False
     except OSError as error:
         raise FolderError(f"results={results}: cannot be written ({error.strerror})") from None
     raise FolderError(f"results={results}: no free name for a run")
+
+
+def _resumed(path: Path, config_hash: str) -> RunFolder | None:
+    """An unfinished run of this configuration, mended; None when it is not one that we may take."""
+    if not _is_unfinished(path, config_hash):
+        return None
+    try:
+        folder = RunFolder(path)
+    except (BlockingIOError, PermissionError):  # another harness, or another user, has it
+        return None
+    # It may have ended between the look and the lock; other columns are another version's.
+    if not _is_unfinished(path, config_hash) or not folder.recover():
+        folder.close()
+        return None
+    return folder
+
+
+def _is_unfinished(path: Path, config_hash: str) -> bool:
+    manifest = _read_manifest(path)
+    return manifest.get("config_hash") == config_hash and not manifest.get("finished_utc")
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -62,24 +97,34 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 def write_atomic(path: Path, text: str) -> None:
     """Replace a file whole: readers and a kill see the old one or the new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", encoding="utf-8") as out:
-        out.write(text)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
     """``results/runs/<experiment>/<run id>/``."""
 
-    def __init__(self, path: Path, resumed: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         # Held until the process ends, however it ends: two harnesses never share a folder.
         self._lock = open(path / ".lock", "w", encoding="utf-8")  # noqa: SIM115
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise
         self.rows: list[Row] = []
-        if resumed:
-            self._recover()
+
+    def close(self) -> None:
+        """Let others have it."""
+        self._lock.close()
 
     @property
     def run_id(self) -> str:
@@ -95,21 +140,13 @@ class RunFolder:
         """The manifest as it stands."""
         return _read_manifest(self.path)
 
-    def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Replace the manifest."""
-        self._guard(lambda: write_atomic(self.path / "manifest.json", _json(manifest)))
-
     def write_json(self, name: str, data: dict[str, Any]) -> None:
-        """Replace another JSON file of the folder."""
+        """Replace a JSON file of the folder."""
         self._guard(lambda: write_atomic(self.path / name, _json(data)))
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a text file of the folder."""
         self._guard(lambda: write_atomic(self.path / name, text))
-
-    def done(self) -> set[str]:
-        """Identities of the trials whose rows are safe."""
-        return {str(r["trial_id"]) for r in self.rows}
 
     def add(self, outcome: Outcome) -> list[Row]:
         """Append a trial's records; the rows last, since they commit it."""
@@ -117,14 +154,19 @@ class RunFolder:
         timeline = [
             {**t, "run_id": self.run_id, "rank": t.get("rank", 0)} for t in outcome.timeline
         ]
-        self._guard(lambda: self._append(rows, timeline, outcome.samples))
+        self._guard(lambda: self._append(rows, timeline, outcome))
         self.rows += rows
         shutil.rmtree(self.scratch, ignore_errors=True)
         return rows
 
-    def _append(self, rows: Sequence[Row], timeline: Sequence[Row], samples: Sequence[Row]) -> None:
+    def _append(self, rows: Sequence[Row], timeline: Sequence[Row], outcome: Outcome) -> None:
+        for row in rows:
+            if row["status"] in LOGGED and outcome.log:
+                (self.path / "logs").mkdir(exist_ok=True)
+                write_atomic(self.path / "logs" / f"{row['trial_id']}.txt", outcome.log)
+        samples = (json.dumps(s) + "\n" for s in outcome.samples)
         _append_csv(self.path / "timeline.csv", TIMELINE_COLUMNS, timeline)
-        _append_lines(self.path / "samples.jsonl", (json.dumps(s) + "\n" for s in samples))
+        _append_lines(self.path / "samples.jsonl", samples)
         _append_csv(self.path / "trials.csv", COLUMNS, rows)
 
     def _guard(self, write: Any) -> None:  # noqa: ANN401
@@ -133,19 +175,25 @@ class RunFolder:
         except OSError as error:
             raise FolderError(f"{self.path}: cannot be written ({error.strerror})") from None
 
-    def _recover(self) -> None:
-        """Drop half lines, and timeline and samples of trials that have no row."""
+    def recover(self) -> bool:
+        """Drop half lines, and timeline and samples of trials that have no row.
+
+        False, and nothing is touched, when the tables have other columns than this version's.
+        """
+        trials, timeline = self.path / "trials.csv", self.path / "timeline.csv"
+        if not (_has_columns(trials, COLUMNS) and _has_columns(timeline, TIMELINE_COLUMNS)):
+            return False
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.rows = _read_csv(self.path / "trials.csv", COLUMNS)
-        done = self.done()
-        _rewrite_csv(self.path / "trials.csv", COLUMNS, self.rows)
-        timeline = _read_csv(self.path / "timeline.csv", TIMELINE_COLUMNS)
-        kept = [t for t in timeline if t["trial_id"] in done]
-        _rewrite_csv(self.path / "timeline.csv", TIMELINE_COLUMNS, kept)
+        self.rows = _read_csv(trials)
+        done = {str(r["trial_id"]) for r in self.rows}
+        _rewrite_csv(trials, COLUMNS, self.rows)
+        kept = [t for t in _read_csv(timeline) if t["trial_id"] in done]
+        _rewrite_csv(timeline, TIMELINE_COLUMNS, kept)
         samples = self.path / "samples.jsonl"
         if samples.exists():
-            lines = samples.read_text(errors="replace").splitlines()
+            lines = samples.read_text(errors="replace").split("\n")
             write_atomic(samples, "".join(s + "\n" for s in lines if _sample_of(s) in done))
+        return True
 
 
 def _json(data: dict[str, Any]) -> str:
@@ -192,26 +240,32 @@ def _rewrite_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> Non
         os.replace(temporary, path)
 
 
-def _read_csv(path: Path, columns: Sequence[str]) -> list[Row]:
-    """Whole rows only: a line cut off by a kill has too few fields, or no end."""
+def _lines(path: Path) -> list[list[str]]:
+    """The whole lines of a CSV: a last one that a kill cut off is left out."""
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    lines = list(csv.reader(whole.splitlines(keepends=True)))
-    if not lines or tuple(lines[0]) != tuple(columns):
-        return []
+    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+
+
+def _has_columns(path: Path, columns: Sequence[str]) -> bool:
+    """Whether a table has these columns; one without a header is as good as none."""
+    lines = _lines(path)
+    return not lines or tuple(lines[0]) == tuple(columns)
+
+
+def _read_csv(path: Path) -> list[Row]:
+    """Whole rows only: one that a kill cut off has too few fields, or no end."""
+    header, *lines = _lines(path) or [[]]
     return [
-        {c: parse_field(c, v) for c, v in zip(columns, line, strict=True)}
-        for line in lines[1:]
-        if len(line) == len(columns)
+        {c: parse_field(c, v) for c, v in zip(header, line, strict=True)}
+        for line in lines
+        if len(line) == len(header)
     ]
 
 
 def parse_field(column: str, text: str) -> object:
     """A field of a CSV as it was: None, text, or a number."""
-    from harness.columns import is_text
-
     if text == "":
         return None
     if is_text(column):

@@ -22,6 +22,7 @@ from harness.planner_spec import (
 from harness.rows import Row
 from harness.settings import Settings
 from harness.sizes import BadValue, gib, tokens_text
+from harness.summary import ENDED
 from harness.workspace import workspace_items
 
 OFF_BY = 0.01  # a prediction within 1 % of the measurement stands
@@ -82,22 +83,29 @@ def check(settings: Settings) -> None:
         raise BadValue(f"strategy.{said['key']}", said["value"], said["allowed"]) from None
 
 
-def columns(cell: Cell) -> Row:
-    """The ``predicted_*`` columns of a cell's row."""
+def with_prediction(row: Row, cell: Cell) -> Row:
+    """``row`` with its ``predicted_*`` columns.
+
+    ``predicted_off_by`` names the items that are off by more than 1 % of the peak; it is empty
+    where the trial died and measured nothing.
+    """
     made = predict_cell(cell)
-    return {
+    row = row | {
         "predicted_tables_bytes": made.predicted_tables_bytes,
         "predicted_kv_bytes": made.predicted_kv_bytes,
         "predicted_peak_bytes": made.predicted_peak_bytes,
         "predicted_status": made.outcome,
     }
-
-
-def with_deviation(row: Row, cell: Cell) -> Row:
-    """``row`` with ``predicted_off_by``: the items that are off by more than 1 % of the peak."""
-    if row.get("peak_device_bytes") is None:
+    if row["status"] not in ENDED or row.get("peak_device_bytes") is None:
         return row
-    made = predict_cell(cell)
+    named = _deviations(row, made)
+    if made.outcome != row["status"] and row["status"] != "invalid":
+        named.append(f"status {made.outcome}")
+    return row | {"predicted_off_by": "; ".join(named) or None}
+
+
+def _deviations(row: Row, made: Prediction) -> list[str]:
+    """Items of a row that differ from the prediction, with the bytes that they differ by."""
     by_phase: dict[str, int] = {}
     for item in made.items:
         if item.location == "device" and not item.failed:
@@ -109,10 +117,7 @@ def with_deviation(row: Row, cell: Cell) -> Row:
     by_phase["kv"] = made.predicted_kv_bytes
     allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))
     off = {p: m - by_phase.get(p, 0) for p, m in measured.items()}
-    named = [f"{p} {d:+d}" for p, d in off.items() if abs(d) > allowed]
-    if made.outcome != row["status"] and row["status"] in ("ok", "oom", "refused"):
-        named.append(f"status {made.outcome}")
-    return row | {"predicted_off_by": "; ".join(named) or None}
+    return [f"{p} {d:+d}" for p, d in off.items() if abs(d) > allowed]
 
 
 def points(settings: Settings) -> OomPoints:

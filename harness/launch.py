@@ -14,22 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from harness.cell import Cell
+from harness.folder import FolderError, Outcome
 from harness.oom_killer import oom_kills
 from harness.rows import Row, identity
+from harness.sizes import printable
 
-KILL_GRACE_SECONDS = 5.0
+# A killed process gives 140 GiB of a GPU back before it is gone.
+KILL_GRACE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 ERROR_TEXT_CHARS = 500
-
-
-@dataclass
-class Outcome:
-    """What a trial left behind."""
-
-    rows: list[Row]
-    timeline: list[Row]
-    samples: list[Row]
-    log: str = ""
 
 
 @dataclass
@@ -55,20 +48,13 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
         Folder for the spec, the records and the log; emptied by the caller when the rows are safe.
     on_record : callable, optional
         Told of each record as it arrives, for progress.
+
+    Raises
+    ------
+    FolderError
+        When the scratch folder cannot be written.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    spec, records, log = (scratch / n for n in ("spec.json", "records.jsonl", "log.txt"))
-    records.write_text("")
-    spec.write_text(
-        json.dumps(
-            {
-                "parent": os.getpid(),
-                "records": str(records),
-                "extra": job.extra,
-                "cells": [c.to_json() for c in job.cells],
-            }
-        )
-    )
+    spec, records, log = _prepared(job, scratch)
     began = time.monotonic()
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -81,6 +67,25 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
         )
         timed_out = _wait(process, job, records, on_record, began)
     return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
+
+
+def _prepared(job: Job, scratch: Path) -> tuple[Path, Path, Path]:
+    """The trial's spec, written, and its records and log, empty."""
+    spec, records, log = (scratch / n for n in ("spec.json", "records.jsonl", "log.txt"))
+    content = {
+        "parent": os.getpid(),
+        "records": str(records),
+        "extra": job.extra,
+        "cells": [c.to_json() for c in job.cells],
+    }
+    try:
+        scratch.mkdir(parents=True, exist_ok=True)
+        spec.write_text(json.dumps(content))
+        records.write_text("")
+        log.write_text("")
+    except OSError as error:
+        raise FolderError(f"{scratch}: cannot be written ({error.strerror})") from None
+    return spec, records, log
 
 
 def _environment() -> dict[str, str]:
@@ -179,7 +184,7 @@ def _how_it_ended(
         return {"status": "timeout", "error": f"killed after {limit:g} s"}
     errors = [r["error"] for r in found if r["type"] == "error"]
     said = errors[-1] if errors else text.strip().rpartition("\n")[2]
-    ended: Row = {"status": "crash", "error": said[-ERROR_TEXT_CHARS:]}
+    ended: Row = {"status": "crash", "error": printable(said)[-ERROR_TEXT_CHARS:]}
     if code < 0:
         ended["signal"] = signal.Signals(-code).name
         if -code == signal.SIGKILL and _killed_for_memory(found):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from harness import forecast
@@ -66,7 +66,10 @@ class Run:
         """Points of the sweep first, then the OOM brackets."""
         jobs = interleaved(self.settings)
         bracketed = [s for s in self.settings if s.brackets]
-        self.progress.expect(sum(map(len, jobs)) + sum(_bracket_trials(s) for s in bracketed))
+        expected = {c.trial_id for cells in jobs for c in cells}
+        for settings in bracketed:
+            expected |= {c.trial_id for c in _expected_bracket_cells(settings)}
+        self.progress.expect(len(expected - {str(r["trial_id"]) for r in self.folder.rows}))
         for cells in jobs:
             self.rows_of(cells)
         for settings in bracketed:
@@ -77,16 +80,16 @@ class Run:
         have = {str(r["trial_id"]): r for r in self.folder.rows}
         missing = [c for c in cells if c.trial_id not in have]
         if missing:
-            extra = {"experiment": cells[0].settings.experiment}
-            job = Job(missing, extra | forecast.columns(missing[0]))
+            job = Job(missing, {"experiment": cells[0].settings.experiment})
             outcome = run_job(job, self.folder.scratch, self.progress.record)
+            by_id = {c.trial_id: c for c in missing}
             outcome.rows = [
-                forecast.with_deviation(r, c) for r, c in _paired(outcome.rows, missing)
+                forecast.with_prediction(r, by_id[str(r["trial_id"])]) for r in outcome.rows
             ]
             for row in self.folder.add(outcome):
                 have[str(row["trial_id"])] = row
                 self.on_row(row)
-        self.progress.advance(len(cells), cells[-1])
+            self.progress.advance(len(missing), cells[-1])
         return [have[c.trial_id] for c in cells]
 
     def _brackets(self, settings: Settings) -> None:
@@ -96,20 +99,15 @@ class Run:
         if starts.ok is None:
             return
         for repeat in range(settings.bracket_repeats):
-            self.rows_of(
-                [Cell(settings, starts.ok, purpose="resident", timing=False, repeat=repeat)]
-            )
+            self.rows_of([_resident_cell(settings, starts.ok, repeat)])
 
     def _bracket(self, settings: Settings, guess: int, verdict: Callable[[Row], str]) -> Bracket:
-        group = settings.full_model().groups[0]
-        chunk_tokens = group.pages_per_chunk * group.geometry.page_tokens
-        chunk_tokens *= settings.parallel.context_ranks
+        """Close one bracket; rows of other brackets and of an earlier attempt are used again."""
 
         def test(tokens: int, repeat: int = 0) -> str:
-            cell = Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
-            return verdict(self.rows_of([cell])[0])
+            return verdict(self.rows_of([_bracket_cell(settings, tokens, repeat)])[0])
 
-        closed = close_bracket(test, guess, chunk_tokens, 1, settings.context_tokens)
+        closed = close_bracket(test, guess, _chunk_tokens(settings), 1, settings.context_tokens)
         for repeat in range(1, settings.bracket_repeats):
             for end in (closed.ok, closed.not_ok):
                 if end is not None:
@@ -117,11 +115,27 @@ class Run:
         return closed
 
 
-def _paired(rows: Iterable[Row], cells: list[Cell]) -> list[tuple[Row, Cell]]:
-    by_id = {c.trial_id: c for c in cells}
-    return [(row, by_id[str(row["trial_id"])]) for row in rows]
+def _bracket_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
+    return Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
 
 
-def _bracket_trials(settings: Settings) -> int:
-    """Trials that closing the brackets takes when the planner is right."""
-    return settings.bracket_repeats * 5
+def _resident_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
+    return Cell(settings, tokens, purpose="resident", timing=False, repeat=repeat)
+
+
+def _chunk_tokens(settings: Settings) -> int:
+    """Tokens of a sequence, over all ranks, whose K/V of the first group fill a chunk."""
+    group = settings.full_model().groups[0]
+    tokens = group.pages_per_chunk * group.geometry.page_tokens
+    return tokens * settings.parallel.context_ranks
+
+
+def _expected_bracket_cells(settings: Settings) -> list[Cell]:
+    """Cells that the brackets take when the planner is right."""
+    startup = forecast.startup_guess(settings)
+    ends: set[int] = set()
+    for guess in {startup, forecast.admit_guess(settings)}:
+        ends |= {guess, min(settings.context_tokens, guess + _chunk_tokens(settings))}
+    repeats = range(settings.bracket_repeats)
+    cells = [_bracket_cell(settings, end, repeat) for end in ends for repeat in repeats]
+    return cells + [_resident_cell(settings, startup, repeat) for repeat in repeats]

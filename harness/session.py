@@ -57,7 +57,7 @@ def _begin(folder: RunFolder, settings: list[Settings], words: list[str], experi
         manifest["attempts"] += [{"started_utc": provenance.now_utc()}]
     else:
         manifest = provenance.manifest(folder.run_id, settings, words, experiment)
-    folder.write_manifest(manifest)
+    folder.write_json("manifest.json", manifest)
     folder.write_text("config.yaml", _config_yaml(settings))
 
 
@@ -89,6 +89,6 @@ def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
     manifest["gpus_after"] = provenance.gpus()
     manifest["finished_utc"] = provenance.now_utc()
     figures = draw(folder, summary, manifest)
-    folder.write_manifest(manifest)
+    folder.write_json("manifest.json", manifest)
     tell(folder, settings, summary, figures)
     return all(r["status"] != "crash" or r.get("signal") for r in folder.rows)

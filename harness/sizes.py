@@ -21,7 +21,7 @@ class BadValue(ValueError):
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
         self.key, self.value, self.allowed = key, value, allowed
-        shown = re.sub(r"\s+", " ", str(value))[:120]
+        shown = printable(value)[:120]
         super().__init__(f"{key}={shown}: not allowed; allowed: {allowed}")
 
 
@@ -69,6 +69,11 @@ def gib(nbytes: float | None) -> str:
 def mib(nbytes: float | None) -> str:
     """Bytes of the scale model: ``743.0 MiB``."""
     return "" if nbytes is None else f"{nbytes / MIB:.1f} MiB"
+
+
+def printable(text: object) -> str:
+    """Text on one line, without control characters: safe in a table and on a terminal."""
+    return " ".join("".join(c if c.isprintable() else " " for c in str(text)).split())
 
 
 def tokens_text(tokens: int | None) -> str:
