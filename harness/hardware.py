@@ -24,7 +24,7 @@ MAX_GPUS = 1024
 class Hardware:
     """The device that trials run on, or that the planner plans for.
 
-    ``free_bytes`` is what is free before the CUDA context; ``capacity_bytes`` what a trial may
+    ``free_bytes`` is what is free at the start (on a GPU, before the CUDA context is made); ``capacity_bytes`` what a trial may
     use of it; both are the modelled device's bytes.
     """
 
@@ -129,14 +129,17 @@ def resolve(conf: DictConfig, planning: bool = False) -> Hardware:
     else:
         described = conf
     _check(described)
+    # A GPU is met before its context is made; the scale model models what a process then sees.
+    bare = int(described.bare_context) if kind == "cuda" else 0
+    free = int(described.free_bytes) + bare
     found = Hardware(
         option=str(conf.name),
         kind=kind,
         device_name=str(described.device_name),
         total_bytes=int(described.total_bytes),
-        free_bytes=int(described.free_bytes),
-        capacity_bytes=int(described.free_bytes),
-        context_bytes=parse_bytes(described.cuda_context, "hardware.cuda_context"),
+        free_bytes=free,
+        capacity_bytes=free,
+        context_bytes=bare + parse_bytes(described.cuda_context, "hardware.cuda_context"),
         sm_count=int(described.sm_count),
         index=index,
     )

@@ -109,8 +109,9 @@ class HardwareConf:
     models: str = "h200"  # the device that the scale model models
     device_name: str = ""
     total_bytes: int = 0
-    free_bytes: int = 0  # before the CUDA context
-    cuda_context: Any = "0"
+    free_bytes: int = 0  # to a process that has made its bare context
+    bare_context: int = 0  # of the driver, before libraries and kernels are loaded
+    cuda_context: Any = "0"  # what libraries and kernels add to it
     sm_count: int = 132
     index: int = 0
     capacity: Any = None
