@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from harness.check_rules import CHECKS, Result
+from harness import check_numbers, check_rules
+from harness.check_rules import Result
 from harness.runs import Run, RunError, load_run
 from harness.tabular import Table
+
+CHECKS: dict[str, Callable[[Run], Result]] = {
+    "schema": check_rules.schema,
+    "finished": check_rules.finished,
+    "statuses": check_rules.statuses,
+    "reconciliation": check_rules.reconciliation,
+    "throttling": check_rules.throttling,
+    "repeatability": check_numbers.repeatability,
+    "brackets": check_numbers.brackets,
+    "samples": check_numbers.samples,
+    "tree": check_rules.tree,
+    "speeds": check_rules.speeds,
+    "gate": check_rules.gate,
+    "planner": check_numbers.planner,
+}
 
 
 def check_run(run: Run) -> dict[str, Result]:

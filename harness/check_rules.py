@@ -1,4 +1,4 @@
-"""The checks that a reviewer runs before believing a run's folder, each small and named."""
+"""Checks of a folder: is it whole, honest and traceable? Each is small and named."""
 
 from __future__ import annotations
 
@@ -9,15 +9,10 @@ from typing import Any
 import pandas as pd
 
 from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
-from harness.runs import Run, dicts, lookup, trials
-from harness.series import is_scale_model
+from harness.runs import Run, dicts, lookup
 from harness.sizes import MIB
 from harness.summary import arms
-from harness.tabular import tokens
 
-REPEATABILITY = 0.02
-PLANNER_TOLERANCE = 0.01
-BRACKET_WIDTH = 0.001
 UNCLEAN = ("oom_host", "invalid", "timeout", "crash")
 MANIFEST_KEYS = [
     "run_id",
@@ -43,8 +38,6 @@ SLOWDOWNS = {
     0x80: "power brake",
 }
 POWER_CAP = 0x4
-# What makes two trials repeats of one another: everything but these.
-NOT_OF_A_CELL = {"run_id", "trial_id", "pair_id", "repeat", "started_utc", "seed"}
 
 
 @dataclass(frozen=True)
@@ -174,64 +167,6 @@ def throttling(run: Run) -> Result:
     return passed(f"{len(readings)} readings without a slowdown{note}")
 
 
-def repeatability(run: Run) -> Result:
-    """Check that repeats of a cell agree: speeds within 2 %, peak memory within one chunk."""
-    rows = trials(run.rows)
-    rows = rows[rows["status"] == "ok"]
-    keys = [c for c in (*COLUMNS[: COLUMNS.index("status")], "purpose") if c not in NOT_OF_A_CELL]
-    faults, compared, worst = [], 0, 0.0
-    for _, group in rows.groupby(keys, dropna=False):
-        if len(group) < 2:
-            continue
-        compared += 1
-        peaks = group["peak_device_bytes"]
-        if peaks.max() - peaks.min() > max(group["chunk_bytes"].max(), 0):
-            faults.append(f"peak memory differs by more than a chunk: {named(group)}")
-        if is_scale_model(group):
-            continue
-        for column in ("attention_decode_step_ms", "attention_prefill_chunk_ms"):
-            values = group[column].dropna()
-            if len(values) > 1:
-                spread = (values.max() - values.min()) / values.median()
-                worst = max(worst, spread)
-                if spread > REPEATABILITY:
-                    faults.append(f"{column} spreads {100 * spread:.1f} %: {named(group)}")
-    if faults:
-        return failed("; ".join(faults[:3]))
-    if not compared:
-        return not_applicable("no cell ran twice and ok")
-    scaled = " (speeds of a scale model are not judged)" if is_scale_model(rows) else ""
-    return passed(f"{compared} cells ran again, speeds within {100 * worst:.2f} %{scaled}")
-
-
-def brackets(run: Run) -> Result:
-    """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
-    faults, seen = [], 0
-    every = trials(run.rows)
-    for name, own in arms_of(every).items():
-        if not (own["purpose"] == "bracket").any():
-            continue
-        one = lookup(run.summary, "strategies", name)
-        for point in ("startup", "admit"):
-            ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
-            if not isinstance(ok, (int, float)) or not isinstance(bad, (int, float)):
-                continue
-            seen += 1
-            for end in (ok, bad):
-                times = int((own["context_tokens"] == end).sum())
-                if times < 2:
-                    faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
-            chunk = (own["chunk_bytes"] / own["kv_bytes_per_token"]).max()
-            width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
-            if bad - ok > width:
-                faults.append(f"{name} {point}: {tokens(ok)} to {tokens(bad)} is not closed")
-    if faults:
-        return failed("; ".join(faults[:3]))
-    if not seen:
-        return not_applicable("no bracket with two ends")
-    return passed(f"{seen} brackets closed, both ends ran twice")
-
-
 def tree(run: Run) -> Result:
     """Check that the code that ran is a commit, without local changes."""
     dirty: Any = lookup(run.manifest, "git", "dirty")
@@ -261,38 +196,3 @@ def gate(run: Run) -> Result:
     if not bad.empty:
         return failed(f"{len(bad)} timed rows without a gate: {named(bad)}")
     return passed(f"{len(timed)} timed rows, largest gate error {timed['gate_error'].max():.3g}")
-
-
-def planner(run: Run) -> Result:
-    """Check the planner: peaks within 1 % or the item that is off named, and the same end."""
-    rows = trials(run.rows)
-    rows = rows[(rows["purpose"] != "bracket") & (rows["basis"] != "planned")]
-    both = rows[(rows["status"] == "ok") & rows["predicted_peak_bytes"].gt(0)]
-    off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs()
-    bad = both[(off > PLANNER_TOLERANCE) & (both["predicted_off_by"] == "")]
-    wrong = rows[(rows["predicted_status"] != "") & (rows["predicted_status"] != rows["status"])]
-    wrong = wrong[wrong["predicted_off_by"] == ""]
-    if not bad.empty:
-        return failed(f"peak off by more than 1 %, no item named: {named(bad)}")
-    if not wrong.empty:
-        return failed(f"another end than predicted: {named(wrong)}")
-    if both.empty:
-        return not_applicable("no prediction beside a measurement")
-    beyond = int((off > PLANNER_TOLERANCE).sum())
-    note = f", {beyond} beyond 1 % with the item named" if beyond else ""
-    return passed(f"{len(both)} peaks, largest difference {100 * off.max():.2f} %{note}")
-
-
-CHECKS: dict[str, Check] = {
-    "schema": schema,
-    "finished": finished,
-    "statuses": statuses,
-    "reconciliation": reconciliation,
-    "throttling": throttling,
-    "repeatability": repeatability,
-    "brackets": brackets,
-    "tree": tree,
-    "speeds": speeds,
-    "gate": gate,
-    "planner": planner,
-}

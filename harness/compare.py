@@ -218,12 +218,21 @@ def _flat(run: Run) -> dict[str, Any]:
         return {}
     out: dict[str, Any] = {}
     stack: list[tuple[int, str]] = []
+    items: dict[str, int] = {}
     for line in read_text(path, run.folder).splitlines():
         match = re.fullmatch(r"( *)(- )?([\w.-]+):(?: (.*))?", line)
         if not match:
             continue
         indent = len(match[1])
-        stack = [(n, k) for n, k in stack if n < indent]
+        # An item's dash may stand at its list's own indent.
+        stack = [
+            (n, k) for n, k in stack if n < indent or (match[2] and n == indent and k[0] != "[")
+        ]
+        if match[2]:
+            above = ".".join(k for _, k in stack)
+            items[above] = items.get(above, -1) + 1
+            stack.append((indent, f"[{items[above]}]"))
+            indent += 2
         stack.append((indent, match[3]))
         if match[4]:
             out[".".join(k for _, k in stack)] = match[4]

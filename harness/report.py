@@ -75,12 +75,14 @@ def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
     """Return a sentence a strategy on where it starts and what it holds, and how trials ended."""
     out = []
     for name, one in tables.strategies(summary):
-        startup, resident = lookup(one, "startup", "ok"), lookup(one, "resident", "ok")
+        startup, admit, resident = (lookup(one, p, "ok") for p in ("startup", "admit", "resident"))
         said = []
         if isinstance(startup, (int, float)):
             failed = lookup(one, "startup", "not_ok")
             end = f", not at {tables.count(failed)}" if failed else " (the sweep's end)"
             said.append(f"starts at {tables.count(startup)} tokens of context{end}")
+        if isinstance(admit, (int, float)) and admit != startup:
+            said.append(f"admits a request of {tables.count(admit)}")
         if isinstance(resident, (int, float)):
             said.append(f"holds {tables.count(resident)} tokens")
         if said:

@@ -35,6 +35,7 @@ th button:focus-visible{outline:2px solid #0072B2}
 th button::after{content:" \\2195";color:#999}
 th[aria-sort=ascending] button::after{content:" \\2191";color:#000}
 th[aria-sort=descending] button::after{content:" \\2193";color:#000}
+.wide td{white-space:nowrap}
 .figures{columns:22rem;column-gap:1.5rem}
 figure{margin:0 0 1.5rem;break-inside:avoid;max-width:27rem}figure img{width:100%}
 details{margin:1rem 0}summary{cursor:pointer;font-weight:600}
@@ -132,7 +133,7 @@ def every_row(run: Run, prefix: str = "") -> str:
     for row in rows:
         ids.append("" if row[0] in seen else row[0])
         seen.add(row[0])
-    return Table("", heads, tuple(map(tuple, rows)), row_ids=tuple(ids)).html(prefix)
+    return Table("", heads, tuple(map(tuple, rows)), row_ids=tuple(ids)).html(prefix, "wide")
 
 
 def _value(value: object) -> str:

@@ -90,7 +90,7 @@ class Table:
         lines = [f"| {' | '.join(row)} |" for row in (body[0], rule, *body[1:])]
         return "\n".join([*lines, *(f"\n{markdown_text(n)}" for n in self.notes)])
 
-    def html(self, prefix: str = "") -> str:
+    def html(self, prefix: str = "", kind: str = "") -> str:
         """Return a ``<table>``; rows link to their trial's anchor, ``{prefix}trial-{id}``."""
         heads = "".join(
             f"<th{_right(c)}><button>{html.escape(c.removeprefix('>'))}</button></th>"
@@ -112,7 +112,7 @@ class Table:
         notes = "".join(f"<p class=note>{html.escape(n)}</p>" for n in self.notes)
         body = "\n".join(rows)
         return (
-            f"<div class=scroll><table class=sortable><thead><tr>{heads}</tr></thead>\n"
+            f'<div class=scroll><table class="sortable {kind}"><thead><tr>{heads}</tr></thead>\n'
             f"<tbody>{body}</tbody></table></div>{notes}"
         )
 

@@ -224,6 +224,12 @@ def write_run(
     folder.mkdir(parents=True)
     _csv(folder / "trials.csv", COLUMNS, rows)
     _csv(folder / "timeline.csv", TIMELINE_COLUMNS, [e for r in rows for e in events(r)])
+    raw = [
+        {"trial_id": r["trial_id"], "what": "decode", "ms": [r["attention_decode_step_ms"]] * 10}
+        for r in rows
+        if r["attention_decode_step_ms"]
+    ]
+    (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in raw))
     (folder / "summary.json").write_text(json.dumps(SUMMARY if summary is None else summary))
     (folder / "manifest.json").write_text(json.dumps(MANIFEST | manifest))
     (folder / "config.yaml").write_text("model:\n  name: report\nseed: 0\n")

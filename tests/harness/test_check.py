@@ -163,3 +163,15 @@ def test_bad_input_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert "trials.csv" in error and error.count("\n") == 1
+
+
+def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "samples.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[1:]) + "\n")
+    assert failures(folder) == {"samples"}
+    path.write_text("\n".join([lines[0].replace("[", "[999999, 999998, "), *lines[1:]]) + "\n")
+    assert failures(folder) == {"samples"}
+    path.unlink()
+    assert failures(folder) == {"samples"}

@@ -167,3 +167,15 @@ def test_every_ratio_is_in_the_figure():
     figure = figure_compare(found, "a", "b")
     drawn = sum(len(axes.get_yticks()) for axes in figure.axes)
     assert drawn == len(found)
+
+
+def test_configurations_are_compared_key_by_key_without_being_parsed(tmp_path):
+    first, second = (write_run(tmp_path / n, sweep(1), run_id=n) for n in "ab")
+    text = (
+        "arms:\n- strategy: static\n  options:\n    fraction: {}\n- strategy: paged\n  seed: {}\n"
+    )
+    (first / "config.yaml").write_text(text.format(1.0, 0))
+    (second / "config.yaml").write_text(text.format(0.5, 0) + "bomb: &a [*a, *a]\n")
+    said, _, _ = compare([load_run(first), load_run(second)])
+    assert "config.yaml arms.[0].options.fraction  1.0" in said
+    assert "config.yaml bomb" in said and "arms.[1]" not in said

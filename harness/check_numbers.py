@@ -1,0 +1,133 @@
+"""Checks of a folder's numbers: do they repeat, close, follow from samples, agree."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
+from harness.columns import COLUMNS
+from harness.runs import Run, RunError, lookup, trials
+from harness.series import is_scale_model
+from harness.tabular import known, tokens
+
+REPEATABILITY = 0.02
+PLANNER_TOLERANCE = 0.01
+BRACKET_WIDTH = 0.001
+SAMPLES_TOLERANCE = 1e-6
+# What makes two trials repeats of one another: everything but these.
+NOT_OF_A_CELL = {"run_id", "trial_id", "pair_id", "repeat", "started_utc", "seed"}
+
+
+def repeatability(run: Run) -> Result:
+    """Check that repeats of a cell agree: speeds within 2 %, peak memory within one chunk."""
+    rows = trials(run.rows)
+    rows = rows[rows["status"] == "ok"]
+    keys = [c for c in (*COLUMNS[: COLUMNS.index("status")], "purpose") if c not in NOT_OF_A_CELL]
+    faults, compared, worst = [], 0, 0.0
+    for _, group in rows.groupby(keys, dropna=False):
+        if len(group) < 2:
+            continue
+        compared += 1
+        peaks = group["peak_device_bytes"]
+        if peaks.max() - peaks.min() > max(group["chunk_bytes"].max(), 0):
+            faults.append(f"peak memory differs by more than a chunk: {named(group)}")
+        if is_scale_model(group):
+            continue
+        for column in ("attention_decode_step_ms", "attention_prefill_chunk_ms"):
+            values = group[column].dropna()
+            if len(values) > 1:
+                spread = (values.max() - values.min()) / values.median()
+                worst = max(worst, spread)
+                if spread > REPEATABILITY:
+                    faults.append(f"{column} spreads {100 * spread:.1f} %: {named(group)}")
+    if faults:
+        return failed("; ".join(faults[:3]))
+    if not compared:
+        return not_applicable("no cell ran twice and ok")
+    scaled = " (speeds of a scale model are not judged)" if is_scale_model(rows) else ""
+    return passed(f"{compared} cells ran again, speeds within {100 * worst:.2f} %{scaled}")
+
+
+def brackets(run: Run) -> Result:
+    """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
+    faults, seen = [], 0
+    every = trials(run.rows)
+    for name, own in arms_of(every).items():
+        if not (own["purpose"] == "bracket").any():
+            continue
+        one = lookup(run.summary, "strategies", name)
+        for point in ("startup", "admit"):
+            ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
+            if not isinstance(ok, (int, float)) or not isinstance(bad, (int, float)):
+                continue
+            seen += 1
+            for end in (ok, bad):
+                times = int((own["context_tokens"] == end).sum())
+                if times < 2:
+                    faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
+            chunk = (own["chunk_bytes"] / own["kv_bytes_per_token"]).max()
+            width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
+            if bad - ok > width:
+                faults.append(f"{name} {point}: {tokens(ok)} to {tokens(bad)} is not closed")
+    if faults:
+        return failed("; ".join(faults[:3]))
+    if not seen:
+        return not_applicable("no bracket with two ends")
+    return passed(f"{seen} brackets closed, both ends ran twice")
+
+
+def samples(run: Run) -> Result:
+    """Check that every decode time is the median of its raw samples, and none is left out."""
+    timed = run.rows[(run.rows["status"] == "ok") & run.rows["attention_decode_step_ms"].notna()]
+    if timed.empty:
+        return not_applicable("no timed row")
+    try:
+        found = run.samples()
+    except RunError as error:
+        return failed(str(error))
+    if not found:
+        return failed("samples.jsonl has no sample")
+    medians: dict[str, list[tuple[float, int]]] = {}
+    for entry in found:
+        ms = [v for v in _list(entry.get("ms")) if known(v)]
+        if entry.get("what") == "decode" and ms:
+            mine = medians.setdefault(str(entry.get("trial_id")), [])
+            mine.append((statistics.median(ms), len(ms)))
+    off = [_without_samples(row, medians.get(row["trial_id"], [])) for _, row in timed.iterrows()]
+    bad = timed[off]
+    if not bad.empty:
+        return failed(f"{len(bad)} decode times do not follow from samples: {named(bad)}")
+    return passed(f"{len(timed)} decode times are medians of their samples")
+
+
+def _without_samples(row: Any, medians: list[tuple[float, int]]) -> bool:  # noqa: ANN401
+    time_ms, count = row["attention_decode_step_ms"], row["decode_samples"]
+    return not any(
+        abs(median / time_ms - 1) < SAMPLES_TOLERANCE and (count != count or n == count)
+        for median, n in medians
+    )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def planner(run: Run) -> Result:
+    """Check the planner: peaks within 1 % or the item that is off named, and the same end."""
+    rows = trials(run.rows)
+    rows = rows[(rows["purpose"] != "bracket") & (rows["basis"] != "planned")]
+    both = rows[(rows["status"] == "ok") & rows["predicted_peak_bytes"].gt(0)]
+    off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs()
+    bad = both[(off > PLANNER_TOLERANCE) & (both["predicted_off_by"] == "")]
+    wrong = rows[(rows["predicted_status"] != "") & (rows["predicted_status"] != rows["status"])]
+    wrong = wrong[wrong["predicted_off_by"] == ""]
+    if not bad.empty:
+        return failed(f"peak off by more than 1 %, no item named: {named(bad)}")
+    if not wrong.empty:
+        return failed(f"another end than predicted: {named(wrong)}")
+    if both.empty:
+        return not_applicable("no prediction beside a measurement")
+    beyond = int((off > PLANNER_TOLERANCE).sum())
+    note = f", {beyond} beyond 1 % with the item named" if beyond else ""
+    return passed(f"{len(both)} peaks, largest difference {100 * off.max():.2f} %{note}")
