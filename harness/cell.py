@@ -49,12 +49,11 @@ class Cell:
     def content(self, with_strategy: bool = True) -> dict[str, Any]:
         """Everything that decides what is measured, and nothing else."""
         data = to_json(self.settings)
-        keep = ("model", "workload", "parallel", "trial", "sequences", "seed", "fault")
-        out = {k: data[k] for k in keep}
-        hardware = data["hardware"]
-        out["hardware"] = {
-            k: hardware[k] for k in ("kind", "device_name", "capacity_bytes", "context_bytes")
-        }
+        keep = ("model", "workload", "parallel", "trial", "sequences", "one_process", "seed")
+        out = {k: data[k] for k in (*keep, "fault")}
+        described = ("kind", "device_name", "total_bytes", "context_bytes", "sm_count")
+        out["hardware"] = {k: data["hardware"][k] for k in described}
+        out["hardware"]["asked_bytes"] = self.settings.hardware.asked_bytes
         if with_strategy:
             out |= {"strategy": data["strategy"], "options": data["options"]}
         return out | {

@@ -24,8 +24,8 @@ MAX_GPUS = 1024
 class Hardware:
     """The device that trials run on, or that the planner plans for.
 
-    ``free_bytes`` is what is free at the start (on a GPU, before the CUDA context is made); ``capacity_bytes`` what a trial may
-    use of it; both are the modelled device's bytes.
+    ``free_bytes`` is what is free at the start (on a GPU, before the CUDA context is made);
+    ``capacity_bytes`` what a trial may use of it; both are the modelled device's bytes.
     """
 
     option: str
@@ -38,6 +38,11 @@ class Hardware:
     sm_count: int
     index: int
     uuid: str = ""
+
+    @property
+    def asked_bytes(self) -> int | None:
+        """The capacity that was asked for; None for all that is free, which varies a little."""
+        return self.capacity_bytes if self.capacity_bytes < self.free_bytes else None
 
 
 @dataclass(frozen=True)

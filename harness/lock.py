@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TextIO
 
 from harness.hardware import Hardware
+from harness.sizes import printable
+
+LOCK_DIR = Path("/tmp")
 
 
 class Busy(RuntimeError):
@@ -17,37 +20,60 @@ class Busy(RuntimeError):
 
 
 @contextmanager
-def device_lock(hardware: Hardware) -> Iterator[None]:
-    """Hold the device, by its UUID, for the time of a run; the kernel frees it when we die.
+def device_lock(*devices: Hardware) -> Iterator[None]:
+    """Hold devices, by their UUIDs, for the time of a run; the kernel frees them when we die.
 
     The scale model on the host needs none: its figures of speed are not compared.
 
     Raises
     ------
     Busy
-        When another process holds it; names its pid.
+        When another process holds one; names its pid.
     """
-    if hardware.kind != "cuda":
+    by_uuid = {h.uuid: h for h in devices if h.kind == "cuda"}
+    with ExitStack() as held:
+        for uuid in sorted(by_uuid):
+            held.enter_context(_held(by_uuid[uuid]))
         yield
-        return
+
+
+@contextmanager
+def _held(hardware: Hardware) -> Iterator[None]:
     path = lock_path(hardware.uuid)
-    with open(path, "a+", encoding="utf-8") as file:
+    try:
+        file, writable = _opened(path)
+    except OSError as error:
+        raise Busy(f"{path}: cannot be locked ({error.strerror})") from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
+            holder = printable(file.read(40)) or "unknown"
             raise Busy(
                 f"{hardware.device_name} ({hardware.uuid}) is being measured by process {holder}; "
                 "wait for it, or choose another hardware.index"
             ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
+        if writable:
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
         yield
 
 
+def _opened(path: Path) -> tuple[TextIO, bool]:
+    """The lock file, and whether it is ours to write; another user's can be locked all the same."""
+    try:
+        number = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except PermissionError:
+        return open(path, encoding="utf-8", errors="replace"), False
+    return open(number, "r+", encoding="utf-8", errors="replace"), True
+
+
 def lock_path(uuid: str) -> Path:
-    """The lock file of a device; not in the run's folder, since runs may write anywhere."""
+    """The lock file of a device.
+
+    Not in the run's folder, since runs may write anywhere, nor in TMPDIR, which a cluster sets for
+    each job: two jobs on one GPU must meet.
+    """
     safe = "".join(c for c in uuid if c.isalnum() or c == "-") or "unknown"
-    return Path(tempfile.gettempdir()) / f"kv-alloc-bench-{safe}.lock"
+    return LOCK_DIR / f"kv-alloc-bench-{safe}.lock"

@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,17 @@ def now_utc() -> str:
 
 
 def config_hash(settings: list[Settings]) -> str:
-    """Hash of every resolved configuration of a run, results folder aside."""
-    content = [
-        {k: v for k, v in to_json(s).items() if k not in ("results", "overrides")} for s in settings
-    ]
+    """Hash of every resolved configuration of a run.
+
+    The results folder is no part of it, nor what a GPU happens to have free: a run that was killed
+    is found again when another process holds a few bytes more.
+    """
+    content = []
+    for one in settings:
+        data = {k: v for k, v in to_json(one).items() if k not in ("results", "overrides")}
+        data["hardware"].pop("free_bytes")
+        data["hardware"]["capacity_bytes"] = one.hardware.asked_bytes
+        content.append(data)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -114,7 +122,7 @@ def gpus() -> list[dict[str, Any]]:
 def _gpu(nvml: Any, index: int) -> dict[str, Any]:  # noqa: ANN401
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    readings = {
+    readings: dict[str, Callable[[], Any]] = {
         "driver": lambda: nvml.nvmlSystemGetDriverVersion(),
         "name": lambda: nvml.nvmlDeviceGetName(handle),
         "uuid": lambda: nvml.nvmlDeviceGetUUID(handle),

@@ -31,7 +31,7 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
         forecast.check(one)
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)
-    with device_lock(settings[0].hardware):
+    with device_lock(*(s.hardware for s in settings)):
         folder, resumed = find_or_create(results, experiment, digest)
         _announce(folder, settings, resumed)
         _begin(folder, settings, words, experiment)
