@@ -14,9 +14,10 @@ from harness.cell import Cell
 from harness.devices import open_device
 from harness.faults import strike
 from harness.fill import Filler
-from harness.ledger import Ledger
+from harness.ledger import Ledger, tolerance_bytes
 from harness.rows import Row, identity
 from harness.settings import Settings
+from harness.sizes import printable
 from harness.workspace import Workspace, allocate_workspace
 from strategies.device import Device
 from strategies.errors import OutOfMemory, Refused
@@ -49,16 +50,18 @@ class Trial:
         self.startup_seconds: float | None = None
         self.admitted: bool | None = None
         self.cell = cells[0]
+        self.phase = "context"
+        self.filler: Filler | None = None
 
     def run(self) -> None:
         """Emit a row for every cell, whatever happens short of the process's death."""
         pending = list(self.cells)
         try:
             self._start()
-            filler = self._filler()
+            self.filler = self._filler()
             while pending:
                 self.cell = pending[0]
-                self._finish(self._fill_and_time(filler))
+                self._finish(self._fill_and_time(self.filler))
                 pending.pop(0)
         except OutOfMemory as refused:
             self._end_all(pending, self._oom(refused))
@@ -74,8 +77,11 @@ class Trial:
                 "error": str(refused),
             }
             self._end_all(pending, ended)
-        except MemoryError as error:
-            self._end_all(pending, {"status": "oom_host", "error": str(error) or "host memory"})
+        except Exception as error:
+            ended = self._memory_ran_out(error)
+            if ended is None:
+                raise
+            self._end_all(pending, ended)
 
     def _start(self) -> None:
         self._phase("context")
@@ -95,6 +101,7 @@ class Trial:
         self.admitted = self.strategy.can_admit(self.cell.local_context_tokens)
 
     def _phase(self, name: str) -> None:
+        self.phase = name
         strike(self.settings.fault, name, self.device)
 
     def _build(self) -> Strategy:
@@ -140,7 +147,6 @@ class Trial:
         self._phase("fill")
         for sequence in range(self.settings.sequences):
             filler.fill(sequence, self.cell.target_tokens)
-        self.filler = filler
         if self.cell.timing and self._writes and self.cell.target_tokens:
             from harness.measure import measure
 
@@ -162,6 +168,22 @@ class Trial:
             "oom_requested_bytes": refused.requested_bytes,
             "oom_free_bytes": refused.free_bytes,
             "resident_limited_by": "oom",
+        }
+
+    def _memory_ran_out(self, error: Exception) -> dict[str, Any] | None:
+        """How a trial ended whose torch, or whose host, had no memory; None for other errors."""
+        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+            return {"status": "oom_host", "error": printable(error) or "host memory"}
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for its name
+            return None
+        return {
+            "status": "oom",
+            "oom_phase": self.phase,
+            "oom_allocation": "torch",
+            "oom_source": "torch",
+            "oom_free_bytes": self.device.free_bytes() if self.device else None,
+            "resident_limited_by": "oom",
+            "error": printable(error)[:300],
         }
 
     def _end_all(self, pending: list[Cell], ended: dict[str, Any]) -> None:
@@ -193,8 +215,11 @@ class Trial:
             "peak_device_bytes": ledger.peak_device_bytes,
             "peak_torch_bytes": ledger.peak_torch_bytes or None,
             "unexplained_bytes": ledger.unexplained_bytes,
-            "unexplained_phase": ledger.unexplained_phase,
+            "unexplained_phase": ledger.unexplained_phase or None,
         }
+        if self.device is not None:
+            chunk = max(g.chunk_bytes for g in self.settings.kv_model().groups)
+            row["tolerance_bytes"] = tolerance_bytes(self.device.kind, chunk)
         if self.strategy is not None:
             held = self.strategy.footprint()
             row |= {
