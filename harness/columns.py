@@ -39,7 +39,7 @@ EXTRA = (
     "prefill_samples gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "
     "prefill_model_residual predicted_status predicted_off_by tolerance_bytes "
     "unexplained_phase sequences_admitted sequences_refused sequences_preempted "
-    "reserved_share internal_share external_share live_share error started_utc"
+    "reserved_share internal_share external_share live_share fault error started_utc"
 ).split()
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
@@ -68,7 +68,7 @@ _TEXT = frozenset(
         "engine_version emulated_version kv_dtype arena layout table_order kernel_variant "
         "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
         "purpose strategy_options growth release kv_scales prefill_kernel_variant "
-        "predicted_status read_weights predicted_off_by unexplained_phase error started_utc phase "
+        "predicted_status read_weights predicted_off_by unexplained_phase fault error started_utc phase "
         "allocation admitted"
     ).split()
 )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from harness import forecast
-from harness.folder import RunFolder
+from harness.folder import FolderError, RunFolder
+from harness.rows import Row
 from harness.settings import Settings
-from harness.sizes import tokens_text
+from harness.sizes import gib, mib, tokens_text
+
+DIED = ("crash", "timeout", "oom_host", "invalid")
+MAX_WARNINGS = 10
 
 OTHER = {
     "static": "paged",
@@ -23,11 +28,14 @@ def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -
     """Draw every figure that the rows can make, and write report.md."""
     from harness.plots import draw_run
     from harness.report import write_report_md
-    from harness.runs import load_run
+    from harness.runs import RunError, load_run
 
-    run = load_run(folder.path)
-    figures = draw_run(folder.path, run.rows, run.timeline, summary)
-    write_report_md(folder.path, run.rows, run.timeline, summary, manifest)
+    try:
+        run = load_run(folder.path)
+        figures = draw_run(folder.path, run.rows, run.timeline, summary)
+        write_report_md(folder.path, run.rows, run.timeline, summary, manifest)
+    except (RunError, OSError) as error:
+        raise FolderError(f"{folder.path}: no figures ({error})") from None
     return figures
 
 
@@ -41,9 +49,12 @@ def tell(
     print(f"\n{sweep_table(load_run(folder.path).rows)}")
     print(f"\nOOM points (tokens)\n{oom_points_table(summary)}")
     decided = [c for c in summary["claims"] if c["verdict"] != "undecided"]
+    # What formulas alone decide is no news after a sweep.
+    if settings[0].experiment != "claims":
+        decided = [c for c in decided if c["trials"]]
     if decided:
         print(f"\nClaims\n{verdict_table({**summary, 'claims': decided})}")
-    for line in _of_the_other(settings):
+    for line in warnings(folder.rows) + _of_the_other(settings):
         print(f"\n{line}")
     pictures = [f for f in figures if f.suffix == ".png"]
     if pictures:
@@ -52,20 +63,48 @@ def tell(
     print(f"next     {_next_command(settings)}")
 
 
+def warnings(rows: list[Row]) -> list[str]:
+    """A line for each row that nobody should rely on: what is unexplained, and what died."""
+    lines = []
+    for row in rows:
+        off, allowed = row.get("unexplained_bytes"), row.get("tolerance_bytes")
+        size = mib if row["basis"] == "scale_model" else gib
+        where = f"{row['strategy']} {tokens_text(row['context_tokens'])} x {row['fill']:.0%}"
+        if off is not None and allowed is not None and abs(off) > allowed:
+            lines.append(
+                f"warning  {where}: {size(off)} unexplained since phase {row['unexplained_phase']}, "
+                f"more than the tolerance of {size(allowed)}: the ledger does not know all that "
+                "the device holds"
+            )
+        if row["status"] in DIED:
+            why = row.get("signal") or row.get("error") or "no reason is known"
+            lines.append(f"warning  {where}: {row['status']} in {row.get('oom_phase')} ({why})")
+    if len(lines) > MAX_WARNINGS:
+        lines[MAX_WARNINGS:] = [f"warning  and {len(lines) - MAX_WARNINGS} more, in trials.csv"]
+    return lines
+
+
 def _of_the_other(settings: list[Settings]) -> list[str]:
     """What the planner expects of the strategy that was not run."""
-    here = {s.strategy for s in settings}
     first = settings[0]
     other = OTHER[first.strategy]
-    if other in here:
+    if other in {s.strategy for s in settings}:
         return []
-    return [f"planned  {forecast.sentence(first, other)}"]
+    try:
+        return [f"planned  {forecast.sentence(first, other)}"]
+    except ValueError as error:  # a model or a size that the other strategy does not take
+        return [f"planned  {other}: {error}"]
 
 
 def _next_command(settings: list[Settings]) -> str:
+    """The other strategy with the same words; after both, what real engines do."""
     first = settings[0]
     other = OTHER[first.strategy]
     context = tokens_text(first.context_tokens).replace(",", "")
-    if len({s.strategy for s in settings}) == 1:
-        return f"python -m harness -m strategy={first.strategy},{other} context={context}"
+    if first.experiment == "sweep" and {s.strategy for s in settings} == {first.strategy}:
+        own = [w for w in first.overrides if not w.startswith(("strategy", "context="))]
+        words = [f"strategy={first.strategy},{other}", f"context={context}", *own]
+        return f"python -m harness -m {shlex.join(words)}"
+    if first.experiment == "root_cause":
+        return "python -m harness experiment=claims"
     return f"python -m harness experiment=root_cause context={context}"

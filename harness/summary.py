@@ -13,7 +13,7 @@ START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
     "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena "
-    "table_order capacity_bytes emulated_ranks world_size workload hybrid read_weights"
+    "table_order capacity_bytes emulated_ranks world_size workload hybrid read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
