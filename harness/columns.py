@@ -68,8 +68,8 @@ _TEXT = frozenset(
         "engine_version emulated_version kv_dtype arena layout table_order kernel_variant "
         "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
         "purpose strategy_options growth release kv_scales prefill_kernel_variant "
-        "predicted_status read_weights predicted_off_by unexplained_phase fault error started_utc phase "
-        "allocation admitted"
+        "predicted_status read_weights predicted_off_by unexplained_phase fault error "
+        "started_utc phase allocation admitted"
     ).split()
 )
 

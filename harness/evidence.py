@@ -13,6 +13,8 @@ from harness.summary import admitted, started
 GIB = 1 << 30
 SUPPORTED, REFUTED, CONDITIONAL, UNDECIDED = "supported", "refuted", "conditional", "undecided"
 MILLIONS_10 = 10_000_000
+REPORTED_DEVICE_BYTES = 150_109_880_320  # an H200, as CUDA shows it
+SAME_DEVICE = 0.05
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,16 @@ def undecided(what_to_run: str) -> Verdict:
 
 
 class Evidence:
-    """The rows of one or several runs."""
+    """The rows of one or several runs that say something about the report's 140 GiB GPU.
+
+    Rows of another or a smaller device answer other questions, and a trial with a deliberate fault
+    or without an answer none.
+    """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = [r for r in rows if started(r)]
+        self.rows = [
+            r for r in rows if started(r) and not r.get("fault") and on_reported_device(r)
+        ]
 
     def of(
         self,
@@ -68,6 +76,11 @@ def option(row: Row, key: str) -> Any:  # noqa: ANN401
 def scale(row: Row) -> int:
     """Bytes of the modelled device per byte of the row."""
     return int(row.get("scale") or 1)
+
+
+def on_reported_device(row: Row) -> bool:
+    """Whether a trial had all of an H200, or of the scale model of one."""
+    return abs(int(row["capacity_bytes"]) * scale(row) / REPORTED_DEVICE_BYTES - 1) < SAME_DEVICE
 
 
 def token_kib(row: Row) -> float:

@@ -72,8 +72,8 @@ def warnings(rows: list[Row]) -> list[str]:
         where = f"{row['strategy']} {tokens_text(row['context_tokens'])} x {row['fill']:.0%}"
         if off is not None and allowed is not None and abs(off) > allowed:
             lines.append(
-                f"warning  {where}: {size(off)} unexplained since phase {row['unexplained_phase']}, "
-                f"more than the tolerance of {size(allowed)}: the ledger does not know all that "
+                f"warning  {where}: {size(off)} unexplained since phase "
+                f"{row['unexplained_phase']}, more than the tolerance of {size(allowed)}: the ledger does not know all that "
                 "the device holds"
             )
         if row["status"] in DIED:
