@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from kernels.view import PAGE_TOKENS, Geometry
 
 SM_COUNT_H200 = 132
-MAX_GROUP = 64
+MAX_GROUP = 32
 TMA_PAGES = 2**31 - 1
 TMA_STRIDE_BYTES = 2**40
 
@@ -64,22 +64,22 @@ class DecodeConfig:
     segment_cost_blocks: float = 1.0
 
 
-# (head_dim, kv_dtype) -> block_tokens, num_warps, num_stages, programs_per_sm
+# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm, warps with N = 16 and N = 32
 _TMA = {
-    (64, "fp8_e4m3"): (128, 4, 5, 3),
-    (128, "fp8_e4m3"): (128, 4, 5, 2),
-    (256, "fp8_e4m3"): (64, 4, 5, 2),
-    (64, "bf16"): (128, 4, 5, 2),
-    (128, "bf16"): (64, 4, 5, 2),
-    (256, "bf16"): (64, 4, 5, 1),
+    (64, "fp8_e4m3"): (128, 5, 3, 4, 8),
+    (128, "fp8_e4m3"): (128, 5, 2, 4, 8),
+    (256, "fp8_e4m3"): (64, 5, 2, 4, 8),
+    (64, "bf16"): (128, 5, 2, 4, 8),
+    (128, "bf16"): (64, 5, 2, 4, 8),
+    (256, "bf16"): (64, 5, 1, 8, 8),
 }
 _POINTER = {
-    (64, "fp8_e4m3"): (128, 4, 4, 3),
-    (128, "fp8_e4m3"): (128, 4, 4, 2),
-    (256, "fp8_e4m3"): (64, 4, 4, 2),
-    (64, "bf16"): (128, 4, 4, 2),
-    (128, "bf16"): (64, 4, 4, 2),
-    (256, "bf16"): (64, 4, 4, 1),
+    (64, "fp8_e4m3"): (128, 4, 3, 4, 8),
+    (128, "fp8_e4m3"): (128, 4, 2, 4, 8),
+    (256, "fp8_e4m3"): (64, 4, 2, 8, 8),
+    (64, "bf16"): (128, 4, 2, 4, 8),
+    (128, "bf16"): (64, 4, 2, 4, 8),
+    (256, "bf16"): (64, 4, 1, 8, 8),
 }
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
 HEAD_DIMS = (64, 128, 256)
@@ -153,12 +153,13 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     check_geometry(geometry)
     tma = geometry.page_tokens == PAGE_TOKENS
     table = _TMA if tma else _POINTER
-    block, warps, stages, programs = table[geometry.head_dim, geometry.kv_dtype]
+    block, stages, programs, *warps = table[geometry.head_dim, geometry.kv_dtype]
+    n = padded_group(geometry.group)
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
-        n=padded_group(geometry.group),
+        n=n,
         block_tokens=block,
-        num_warps=warps,
+        num_warps=warps[n > 16],
         num_stages=stages,
         programs_per_sm=programs,
     )
@@ -189,8 +190,8 @@ def all_decode_configs() -> list[tuple[Geometry, DecodeConfig]]:
     found: list[tuple[Geometry, DecodeConfig]] = []
     for head_dim in HEAD_DIMS:
         for kv_dtype in ("fp8_e4m3", "bf16"):
-            for page in PAGE_SIZES:
-                for group in (5, 20, 40):
+            for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
+                for group in (5, 20):
                     geometry = Geometry(2, 2, 2 * group, head_dim, kv_dtype, page)
                     found.append((geometry, decode_config(geometry)))
     return found

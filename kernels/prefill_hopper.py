@@ -1,0 +1,163 @@
+"""Launch the Hopper prefill kernel: its configurations, TMA descriptors and arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kernels.prefill_gluon import TILE_3D, TILE_5D, prefill_kernel
+from kernels.view import PAGE_TOKENS, Geometry, View
+
+if TYPE_CHECKING:
+    from kernels.prefill import PrefillPlan
+
+HEAD_DIM = 128
+TILE_BYTES = HEAD_DIM * PAGE_TOKENS
+MAX_TILES = 2**28  # the K box counts 16-row units, 8 a tile, in an int32: 4 TiB
+
+
+@dataclass(frozen=True)
+class HopperConfig:
+    """How the kernel is compiled and launched.
+
+    Parameters
+    ----------
+    variant : str
+        Name for the rows of a report.
+    fold : int
+        Tiles that are summed in the tensor cores before they are added to the float32 sum in shared
+        memory; 0: every tile's P V is added to a float32 sum in registers.
+    ones : bool
+        Row sums by the tensor cores (P times ones) rather than by additions.
+    int_max : bool
+        Row maxima by integer instructions, which take three operands, once they are positive.
+    emulated : int
+        Of every 16 exponentials, those computed by multiplications in float16.
+    stages : int
+        K/V tiles in flight.
+    """
+
+    variant: str
+    fold: int = 0
+    ones: bool = False
+    int_max: bool = False
+    emulated: int = 0
+    stages: int = 4
+    rows: int = 192
+    block_tokens: int = PAGE_TOKENS
+    programs_per_sm: int = 1
+
+
+VARIANTS = {
+    config.variant: config
+    for config in (
+        HopperConfig("gluon_3wg"),
+        HopperConfig("gluon_3wg_ones", ones=True),
+        HopperConfig("gluon_3wg_ones_imax", ones=True, int_max=True),
+        HopperConfig("gluon_3wg_ones_imax_emu2", ones=True, int_max=True, emulated=2),
+        HopperConfig("gluon_3wg_ones_emu2", ones=True, emulated=2),
+        HopperConfig("gluon_3wg_ones_emu4", ones=True, emulated=4),
+        HopperConfig("gluon_3wg_fold8", fold=8, stages=3),
+        HopperConfig("gluon_3wg_fold4_ones", fold=4, ones=True, stages=3),
+        HopperConfig("gluon_3wg_fold8_ones", fold=8, ones=True, stages=3),
+        HopperConfig("gluon_3wg_fold8_ones_imax", fold=8, ones=True, int_max=True, stages=3),
+        HopperConfig("gluon_3wg_fold8_ones_emu2", fold=8, ones=True, emulated=2, stages=3),
+    )
+}
+
+
+def check_reach(arena_bytes: int) -> None:
+    """Refuse an arena that the K box cannot address.
+
+    Raises
+    ------
+    ValueError
+        When it is larger than 4 TiB.
+    """
+    if arena_bytes > MAX_TILES * TILE_BYTES:
+        raise ValueError(
+            f"arena of {arena_bytes} bytes: the prefill kernel's TMA box reaches "
+            f"{MAX_TILES * TILE_BYTES}"
+        )
+
+
+def tma_boxes(geometry: Geometry, arena: torch.Tensor, end: int) -> tuple[Any, Any, Any]:
+    """Descriptors of a K tile, a V tile, and the V tile that holds token ``end - 1``.
+
+    The arena is a run of tiles of 16 KiB. The K box has five dimensions (16 tokens, b, t, j, byte)
+    with strides of 16, 2, 4 and 1 rows: it brings token 16a + 4t + 2b + j to row 16a + 8b + 2t + j.
+    The last descriptor ends at the last token, so that TMA writes zeros for what lies behind it.
+    """
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    check_reach(arena.numel())
+    pages = arena.numel() // geometry.page_bytes
+    codes = arena[: pages * geometry.page_bytes].view(torch.float8_e4m3fn)
+    tiles, d = codes.numel() // TILE_BYTES, HEAD_DIM
+    k = TensorDescriptor(
+        codes,
+        [tiles * 8, 2, 4, 2, d],
+        [16 * d, 2 * d, 4 * d, d, 1],
+        [8, 2, 4, 2, d],
+        TILE_5D.value,
+    )
+
+    def v_box(tokens: int) -> Any:  # noqa: ANN401
+        shape, strides = [tiles, d, tokens], [TILE_BYTES, PAGE_TOKENS, 1]
+        return TensorDescriptor(codes, shape, strides, [1, d, PAGE_TOKENS], TILE_3D.value)
+
+    return k, v_box(PAGE_TOKENS), v_box((end - 1) % PAGE_TOKENS + 1)
+
+
+def launch(
+    plan: PrefillPlan,
+    view: View,
+    layer: int,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+) -> None:
+    """Run the kernel for a plan; arguments have been checked by the caller.
+
+    Raises
+    ------
+    ValueError
+        When ``q`` or ``out`` is not aligned to 16 bytes.
+    """
+    for name, tensor in (("q", q), ("out", out)):
+        if tensor.data_ptr() % 16:
+            raise ValueError(f"{name}: its address must be a multiple of 16 bytes")
+    g, config = plan.geometry, plan.config
+    k_tile = layer * 2 * g.kv_heads
+    prefill_kernel[(plan.programs,)](
+        *plan.boxes,
+        view.page_table[plan.row],
+        plan.segments,
+        plan.shares,
+        q,
+        out,
+        lse,
+        plan.part,
+        plan.part_lse,
+        view.k_scale,
+        view.v_scale,
+        scale,
+        plan.start,
+        plan.tokens * g.group,
+        g.kv_heads,
+        (plan.start + plan.tokens - 1) // PAGE_TOKENS,
+        g.page_bytes // TILE_BYTES,
+        k_tile,
+        k_tile + g.kv_heads,
+        G=g.group,
+        FOLD=config.fold,
+        ONES=config.ones,
+        INT_MAX=config.int_max,
+        EMULATED=config.emulated,
+        STAGES=config.stages,
+        num_warps=4,
+        maxnreg=128,
+    )

@@ -1,0 +1,202 @@
+"""How a chunk of prefill is cut into equal shares, in plain numpy.
+
+The query rows of one KV head (its tokens times its group of query heads, position-major) are cut
+into *row tiles*; a row tile sees a run of K/V tiles. All (row tile, K/V tile) pairs are laid out in
+a line and cut into one share a program, so that a small chunk over a long history keeps every SM
+busy. A piece of a row tile within one share is a *segment*; where a row tile has several, each
+writes a float32 partial to a *slot* and a small kernel merges them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kernels.view import Geometry
+
+# Columns of a segment: its row tile's first row, KV head, K/V tiles [lo, hi), of which
+# [clear_lo, clear_hi) are visible to all its rows, and its slot (-1: the whole row tile).
+ROW, HEAD, LO, HI, CLEAR_LO, CLEAR_HI, SLOT, SPARE = range(8)
+SEGMENT_INTS = 8
+MERGE_INTS = 4  # row tile's first row, KV head, first slot, pieces
+OVERHEAD_TILES = 4  # what starting and ending a segment costs, in K/V tiles
+LEAST_TILES = 6  # no segment is shorter, unless its row tile is
+ALIGN = 256
+ROWS_MAX = 192  # of a row tile, over all kernels
+PROGRAMS_PER_SM_MAX = 2  # over all kernels
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A chunk's work: segments in the order of the programs that run them.
+
+    Parameters
+    ----------
+    rows, tile_tokens : int
+        Query rows of a row tile; tokens of a K/V tile.
+    segments : numpy.ndarray
+        int32 ``[n, 8]``; columns as above.
+    shares : numpy.ndarray
+        int32 ``[programs + 1]``: program p runs segments ``[shares[p], shares[p + 1])``.
+    merges : numpy.ndarray
+        int32 ``[m, 4]``: the row tiles that are in pieces.
+    slots : int
+        Partials to be stored.
+    """
+
+    rows: int
+    tile_tokens: int
+    segments: NDArray[np.int32]
+    shares: NDArray[np.int32]
+    merges: NDArray[np.int32]
+    slots: int
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """What one row tile reads: K/V tiles [lo, hi), of which [clear_lo, clear_hi) need no mask."""
+
+    row: int
+    head: int
+    lo: int
+    hi: int
+    clear_lo: int
+    clear_hi: int
+
+
+def row_tiles(
+    start: int, tokens: int, window: int, geometry: Geometry, rows: int, tile_tokens: int
+) -> list[RowTile]:
+    """Row tiles of the chunk, KV head by KV head.
+
+    Parameters
+    ----------
+    start, tokens : int
+        The queries are tokens ``[start, start + tokens)``; query t sees ``[window, start + t]``.
+    window : int
+        First visible token.
+    geometry : Geometry
+    rows, tile_tokens : int
+        Query rows of a row tile; tokens of a K/V tile.
+    """
+    tiles = []
+    lo = window // tile_tokens
+    for row in range(0, tokens * geometry.group, rows):
+        first = row // geometry.group
+        last = min((row + rows - 1) // geometry.group, tokens - 1)
+        hi = (start + last) // tile_tokens + 1
+        clear_lo = -(-window // tile_tokens)
+        clear_hi = (start + first + 1) // tile_tokens
+        if clear_hi <= clear_lo:
+            clear_lo = clear_hi = lo
+        tiles.append((row, lo, hi, clear_lo, clear_hi))
+    return [
+        RowTile(row, head, *reads) for head in range(geometry.kv_heads) for row, *reads in tiles
+    ]
+
+
+def _fill(lengths: list[int], programs: int, share: int) -> list[tuple[int, int, int, int]] | None:
+    """Give each program up to ``share`` tiles, overheads included; None if work is left over."""
+    pieces = []
+    run = done = 0
+    for program in range(programs):
+        budget = share
+        while run < len(lengths):
+            rest = lengths[run] - done
+            take = min(rest, budget - OVERHEAD_TILES)
+            if take < rest:
+                take = min(take, rest - LEAST_TILES)
+                if take < LEAST_TILES:
+                    break
+            pieces.append((program, run, done, done + take))
+            budget -= take + OVERHEAD_TILES
+            done += take
+            if done == lengths[run]:
+                run, done = run + 1, 0
+        if run == len(lengths):
+            return pieces
+    return None
+
+
+def _pieces(lengths: list[int], programs: int) -> list[tuple[int, int, int, int]]:
+    """Cut runs of tiles into shares with the least largest: (program, run, first, end)."""
+    share = -(-(sum(lengths) + OVERHEAD_TILES * len(lengths)) // programs)
+    while True:
+        pieces = _fill(lengths, programs, share)
+        if pieces is not None:
+            return pieces
+        share += 1 + share // 256
+
+
+def cut(
+    start: int,
+    tokens: int,
+    window: int,
+    geometry: Geometry,
+    rows: int,
+    tile_tokens: int,
+    programs: int,
+) -> Cut:
+    """Cut a chunk's work into equal shares; parameters as in :func:`row_tiles`."""
+    tiles = row_tiles(start, tokens, window, geometry, rows, tile_tokens)
+    pieces = _pieces([t.hi - t.lo for t in tiles], programs)
+    count = np.bincount([run for _, run, _, _ in pieces], minlength=len(tiles))
+    segments = np.zeros((len(pieces), SEGMENT_INTS), np.int32)
+    merges: list[tuple[int, int, int, int]] = []
+    slots = 0
+    for segment, (_, run, first, end) in zip(segments, pieces, strict=True):
+        tile = tiles[run]
+        slot = -1
+        if count[run] > 1:
+            slot, slots = slots, slots + 1
+            if first == 0:
+                merges.append((tile.row, tile.head, slot, int(count[run])))
+        lo, hi = tile.lo + first, tile.lo + end
+        clear_lo, clear_hi = max(lo, tile.clear_lo), min(hi, tile.clear_hi)
+        if clear_hi <= clear_lo:
+            # No clear tile: all of them are masked, from the first on.
+            clear_lo = clear_hi = lo
+        segment[:] = (tile.row, tile.head, lo, hi, clear_lo, clear_hi, slot, 0)
+    programs_of = [program for program, _, _, _ in pieces]
+    shares = np.searchsorted(programs_of, np.arange(programs + 1)).astype(np.int32)
+    table = np.array(merges, np.int32).reshape(-1, MERGE_INTS)
+    return Cut(rows, tile_tokens, segments, shares, table, slots)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGN) * ALIGN
+
+
+def scratch_sizes(
+    segments: int, programs: int, merges: int, slots: int, rows: int, head_dim: int
+) -> dict[str, int]:
+    """Bytes of each part of a plan's scratch, in the order in which they lie in it."""
+    return {
+        "part": _aligned(slots * rows * head_dim * 4),
+        "part_lse": _aligned(slots * rows * 4),
+        "segments": _aligned(segments * SEGMENT_INTS * 4),
+        "shares": _aligned((programs + 1) * 4),
+        "merges": _aligned(merges * MERGE_INTS * 4),
+    }
+
+
+def prefill_scratch_bytes(geometry: Geometry, tokens: int, sm_count: int) -> int:
+    """Upper bound of the scratch of any plan of a chunk of ``tokens`` queries, in bytes.
+
+    A cut between two programs adds one segment, and makes at most one more row tile one that is in
+    pieces: P programs have at most 2 (P - 1) partials. Smaller row tiles have more segments but
+    smaller partials, so the bound takes the largest of each.
+    """
+    programs = sm_count * PROGRAMS_PER_SM_MAX
+    tiles = geometry.kv_heads * -(-tokens * geometry.group // 64)
+    merges = min(tiles, programs - 1)
+    slots = min(tiles + programs - 1, 2 * (programs - 1))
+    sizes = scratch_sizes(
+        tiles + programs, programs, merges, slots, 64, geometry.head_dim
+    )  # portable: small row tiles, twice the programs
+    large = scratch_sizes(
+        tiles + programs, programs, merges, 2 * (sm_count - 1), ROWS_MAX, geometry.head_dim
+    )
+    return sum(max(sizes[name], large[name]) for name in sizes)
