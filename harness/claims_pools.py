@@ -202,7 +202,7 @@ def lower_fraction(evidence: Evidence) -> Verdict:
 
 def fragmentation(evidence: Evidence) -> Verdict:
     """C12: live share of K/V memory under a trace, static slots beside pages."""
-    rows = [r for r in evidence.rows if r.get("live_share") is not None]
+    rows = [r for r in evidence.every if r.get("live_share") is not None]
     static = [r for r in rows if r["strategy"] == "static" and r["slot_policy"] == "max"]
     paged = [r for r in rows if r["strategy"] == "paged"]
     if not static or not paged:

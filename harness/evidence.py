@@ -39,14 +39,13 @@ def undecided(what_to_run: str) -> Verdict:
 class Evidence:
     """The rows of one or several runs that say something about the report's 140 GiB GPU.
 
-    Rows of another or a smaller device answer other questions, and a trial with a deliberate fault
-    or without an answer none.
+    Rows of another or a smaller device answer other questions (``every`` has them too), and a
+    trial with a deliberate fault or without an answer none.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
-        self.rows = [
-            r for r in rows if started(r) and not r.get("fault") and on_reported_device(r)
-        ]
+        self.every = [r for r in rows if started(r) and not r.get("fault")]
+        self.rows = [r for r in self.every if on_reported_device(r)]
 
     def of(
         self,
@@ -80,7 +79,8 @@ def scale(row: Row) -> int:
 
 def on_reported_device(row: Row) -> bool:
     """Whether a trial had all of an H200, or of the scale model of one."""
-    return abs(int(row["capacity_bytes"]) * scale(row) / REPORTED_DEVICE_BYTES - 1) < SAME_DEVICE
+    capacity = int(row.get("capacity_bytes") or 0) * scale(row)
+    return abs(capacity / REPORTED_DEVICE_BYTES - 1) < SAME_DEVICE
 
 
 def token_kib(row: Row) -> float:

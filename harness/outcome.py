@@ -73,8 +73,8 @@ def warnings(rows: list[Row]) -> list[str]:
         if off is not None and allowed is not None and abs(off) > allowed:
             lines.append(
                 f"warning  {where}: {size(off)} unexplained since phase "
-                f"{row['unexplained_phase']}, more than the tolerance of {size(allowed)}: the ledger does not know all that "
-                "the device holds"
+                f"{row['unexplained_phase']}, more than the tolerance of {size(allowed)}: the "
+                "ledger does not know all that the device holds"
             )
         if row["status"] in DIED:
             why = row.get("signal") or row.get("error") or "no reason is known"
