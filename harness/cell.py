@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from harness.ranks import share_tokens
 from harness.settings import Settings, from_json, to_json
 
 PURPOSES = ("point", "bracket", "resident")
@@ -45,6 +46,17 @@ class Cell:
     def filled_tokens(self) -> int:
         """Tokens of each sequence that are to be resident over all ranks."""
         return math.floor(self.context_tokens * self.fill + 1e-9)
+
+    @property
+    def every_rank_sees(self) -> bool:
+        """Whether the last token sees tokens of every rank's share, in every layer group."""
+        tokens, ranks = self.filled_tokens, self.settings.parallel.context_ranks
+        for group in self.settings.full_model().groups:
+            window = group.window_tokens * ranks
+            visible = tokens - ((tokens - 1) // window * window if window and tokens else 0)
+            if not share_tokens(visible, group.geometry.page_tokens, ranks, ranks - 1):
+                return False
+        return True
 
     def content(self, with_strategy: bool = True) -> dict[str, Any]:
         """Everything that decides what is measured, and nothing else."""

@@ -60,6 +60,8 @@ PERFORMANCE: frozenset[str] = frozenset(c for c in TIME if c.startswith("attenti
     "prefill_samples",
     "prefill_modelled_seconds",
     "prefill_model_residual",
+    "parallel_decode_step_ms",
+    "collective_ms",
 }
 
 _TEXT = frozenset(

@@ -15,9 +15,9 @@ from strategies.device import Device
 _HIDDEN: list[object] = []  # keeps the hidden allocation alive, unknown to the ledger
 
 
-def strike(fault: dict[str, Any], phase: str, device: Device | None) -> None:
-    """Do what ``fault`` says when ``phase`` begins."""
-    if fault["kind"] == "none" or fault["phase"] != phase:
+def strike(fault: dict[str, Any], phase: str, device: Device | None, rank: int = 0) -> None:
+    """Do what ``fault`` says when ``phase`` begins, on the rank that it names or on every one."""
+    if fault["kind"] == "none" or fault["phase"] != phase or fault.get("rank", rank) != rank:
         return
     kind = fault["kind"]
     if kind == "segfault":

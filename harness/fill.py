@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from harness.ledger import Ledger
@@ -40,6 +40,7 @@ class Filler:
     model: KVModel
     ledger: Ledger
     contents: Sequence[Content] | None
+    check: Callable[[int], None] = lambda tokens: None  # may end the fill: another rank failed
     growth: Growth = field(default_factory=Growth)
     _pending_bytes: int = 0
     _pending_seconds: float = 0.0
@@ -59,6 +60,7 @@ class Filler:
         written = reported = self.strategy.resident_tokens(sequence)
         try:
             while (at := self.strategy.resident_tokens(sequence)) < target_tokens:
+                self.check(self.ledger.resident_tokens)
                 want = min(step - at % page, target_tokens - at)
                 try:
                     self._extend(sequence, want)

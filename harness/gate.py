@@ -103,6 +103,20 @@ class Gate:
         self._compare(_Reference(content, sequence, layer, head, buffers), asked)
         return plan.variant, prefill.variant
 
+    def exact(
+        self,
+        content: Content,
+        sequence: int,
+        layer: int,
+        head: int,
+        q: torch.Tensor,
+        tokens: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Float64 output and base-2 LSE of queries ``[R, D]`` of one KV head over ``tokens``."""
+        buffers = self._buffers(content.group.geometry.head_dim, len(q))
+        reference = _Reference(content, sequence, layer, head, buffers)
+        return reference.attention(q.double(), [tokens - 1] * len(q))
+
     def _buffers(self, head_dim: int, rows: int) -> dict[str, torch.Tensor]:
         import torch
 

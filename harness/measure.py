@@ -8,6 +8,8 @@ from typing import Any
 from harness.cell import Cell
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate
 from harness.ledger import Ledger
+from harness.ranks_control import Alone, EndedByPeer, Team
+from harness.ranks_group import Collectives, sizes_of
 from harness.synthetic import Content
 from harness.timing import Samples, Stopwatch, prefill_flops
 from harness.workspace import Workspace
@@ -23,12 +25,22 @@ def measure(
     workspace: Workspace,
     ledger: Ledger,
     note: Note,
+    team: Team | None = None,
+    group: Collectives | None = None,
 ) -> dict[str, Any]:
-    """Columns of speed at the resident length; ``status=invalid`` when the gate fails."""
+    """Columns of speed at the resident length; ``status=invalid`` when the gate fails.
+
+    Raises
+    ------
+    EndedByPeer
+        The gate failed on another rank.
+    """
+    team = team or Alone()
     settings = cell.settings
     sequences = list(range(settings.sequences))
     tokens = strategy.resident_tokens(sequences[-1])
-    gate = Gate(settings, strategy, contents, workspace).check(sequences[-1], tokens)
+    checker = Gate(settings, strategy, contents, workspace)
+    gate = checker.check(sequences[-1], tokens)
     ledger.note("decode", "gate")
     row: dict[str, Any] = {
         "gate_error": gate.relative_rms,
@@ -36,16 +48,33 @@ def measure(
         "kernel_variant": gate.decode_variant,
         "prefill_kernel_variant": gate.prefill_variant,
     }
+    passed = team.join("gate", gate.passed)
     if not gate.passed:
         return row | {
             "status": "invalid",
             "error": f"gate: relative RMS {gate.relative_rms:.3g} (allowed {MAX_RELATIVE_RMS}), "
             f"LSE {gate.lse_error:.3g} (allowed {MAX_LSE_ERROR})",
         }
+    if not all(passed):
+        raise EndedByPeer
+    if group is not None:
+        from harness.ranks_step import check_merged, merged_columns
+
+        merged = check_merged(checker, group, strategy, sequences[-1], tokens)
+        row |= merged_columns(merged)
+        if not all(team.join("merged gate", merged.passed)):
+            return row
     watch = Stopwatch(settings, strategy, workspace)
     decode = watch.decode(sequences)
     note("decode", _raw(decode))
     row |= _decode_columns(strategy, sequences, decode)
+    if group is not None:
+        from harness.ranks_step import step_columns, time_step
+
+        step, collectives = time_step(watch, team, group, sequences)
+        note("decode_all_ranks", _raw(step))
+        note("collectives", _raw(collectives))
+        row |= step_columns(step, collectives, sizes_of(settings))
     ledger.note("decode", "timed")
     chunk = min(settings.trial.prefill_chunk_tokens, tokens)
     prefill = watch.prefill(sequences[-1], tokens - chunk, chunk)

@@ -36,6 +36,8 @@ def identity(cell: Cell, extra: Row) -> Row:
         "rank": 0,
         "world_size": s.parallel.processes,
         "emulated_ranks": s.parallel.ranks,
+        "parallel": s.parallel.kind,
+        "context_ranks": s.parallel.context_ranks,
         "basis": s.basis,
         "emulated_version": options.get("version"),
         "context_tokens": cell.context_tokens,

@@ -95,9 +95,15 @@ class Settings:
 
     def full_model(self) -> KVModel:
         """What a rank of the modelled device stores."""
-        return self.model.kv_model(
+        model = self.model.kv_model(
             self.parallel.tp, self.trial.page_tokens, self.trial.chunk_target_bytes
         )
+        ranks = self.parallel.context_ranks
+        if ranks == 1:
+            return model
+        # A rank's share of a window is a window of its own tokens: pages are dealt out in turn.
+        groups = [replace(g, window_tokens=g.window_tokens // ranks) for g in model.groups]
+        return replace(model, groups=tuple(groups))
 
     def kv_model(self) -> KVModel:
         """What a rank really stores here: full size on a GPU, scaled on the host."""
@@ -164,6 +170,13 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         results=str(conf.results),
         overrides=tuple(overrides),
     )
+    step = parallel.context_ranks * made.trial.page_tokens
+    if model.hybrid and model.window_tokens % step:
+        raise BadValue(
+            "parallel.context_ranks",
+            parallel.context_ranks,
+            f"ranks that share {model.window_tokens} window tokens in pages",
+        )
     if made.device_bytes < 1:
         raise BadValue("hardware.capacity", conf.hardware.capacity, f"at least {made.scale} bytes")
     return made

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from harness.gate import query_dtype
 from harness.settings import Settings
@@ -66,18 +66,24 @@ class Stopwatch:
         self.settings, self.strategy, self.workspace = settings, strategy, workspace
         self.on_cuda = not settings.on_host
 
+    def decode_work(self, sequences: list[int]) -> list[tuple[Any, ...]]:
+        """View, queries, plan, output and LSE of every layer group's decode step."""
+        from kernels import ops
+
+        work = []
+        for view in self.strategy.batch(sequences):
+            q, out, lse = self._decode_buffers(view)
+            plan = ops.plan_decode(view, self.settings.hardware.sm_count, self._scratch("decode"))
+            work.append((view, q, plan, out, lse))
+        return work
+
     def decode(self, sequences: list[int]) -> Samples:
         """One query token for each sequence, through every layer."""
         import torch
 
         from kernels import ops
 
-        views = self.strategy.batch(sequences)
-        work = []
-        for view in views:
-            q, out, lse = self._decode_buffers(view)
-            plan = ops.plan_decode(view, self.settings.hardware.sm_count, self._scratch("decode"))
-            work.append((view, q, plan, out, lse))
+        work = self.decode_work(sequences)
 
         def step() -> None:
             for view, q, plan, out, lse in work:
@@ -119,8 +125,10 @@ class Stopwatch:
         histories = tuple(sorted({round(top * i / (count - 1)) for i in range(count)}))
         ms = tuple(self.prefill(sequence, h, chunk).median_ms for h in histories)
         a, b = fit_line(histories, ms)
-        chunks = -(-tokens // chunk)
-        total = sum(a + b * i * chunk for i in range(chunks)) / 1e3
+        # Under context parallelism a rank sees every query, and its share of the history.
+        ranks = self.settings.parallel.context_ranks
+        chunks = -(-tokens * ranks // chunk)
+        total = sum(a + b * i * chunk / ranks for i in range(chunks)) / 1e3
         residual = max(abs(a + b * h - t) / t for h, t in zip(histories, ms, strict=True))
         return PrefillModel(histories, ms, total, residual)
 
@@ -169,8 +177,12 @@ class Stopwatch:
         lse = flat[n * g.head_dim * 2 :][: n * 4].view(torch.float32).view(shape[:2])
         return q, out, lse
 
+    def once_ms(self, step: Callable[[], None]) -> float:
+        """Milliseconds of one step."""
+        return self._cuda_ms(step) if self.on_cuda else _host_ms(step)
+
     def _sample(self, step: Callable[[], None]) -> Samples:
-        one = self._cuda_ms if self.on_cuda else _host_ms
+        one = self.once_ms
         budget, least = (
             (CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES)
             if self.on_cuda

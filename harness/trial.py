@@ -15,6 +15,8 @@ from harness.devices import open_device
 from harness.faults import strike
 from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
+from harness.ranks_control import Alone, EndedByPeer, Team
+from harness.ranks_group import Collectives, connect
 from harness.rows import Row, identity
 from harness.settings import Settings
 from harness.sizes import printable
@@ -25,6 +27,7 @@ from strategies.registry import build
 from strategies.strategy import Strategy
 
 Emit = Callable[[dict[str, Any]], None]
+ENDED_BY_PEER = "ended by another rank"  # for the moment: the trial's own end replaces it
 TIMED_STRATEGIES = ("static", "paged", "eager_pages")
 
 
@@ -37,9 +40,19 @@ class Trial:
         In rising order of fill.
     emit : callable
         Takes each record (``timeline``, ``sample``, ``row``) as a dictionary.
+    team : Team, optional
+        The ranks that this one runs with.
     """
 
-    def __init__(self, cells: list[Cell], emit: Emit, identity_extra: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        cells: list[Cell],
+        emit: Emit,
+        identity_extra: dict[str, Any],
+        team: Team | None = None,
+    ) -> None:
+        self.team: Team = team or Alone()
+        self.group: Collectives | None = None
         self.cells, self.emit, self.extra = cells, emit, identity_extra
         self.settings: Settings = cells[0].settings
         self.ledger = Ledger(self._timeline)
@@ -61,7 +74,10 @@ class Trial:
             self.filler = self._filler()
             while pending:
                 self.cell = pending[0]
-                self._finish(self._fill_and_time(self.filler))
+                ended = self._fill_and_time(self.filler)
+                if ended["status"] == "ok":
+                    self.team.join("cell")
+                self._finish(ended)
                 pending.pop(0)
         except OutOfMemory as refused:
             self._end_all(pending, self._oom(refused))
@@ -77,15 +93,22 @@ class Trial:
                 "error": str(refused),
             }
             self._end_all(pending, ended)
+        except EndedByPeer:
+            self._end_all(pending, {"status": ENDED_BY_PEER})
         except Exception as error:
-            ended = self._memory_ran_out(error)
-            if ended is None:
+            found = self._memory_ran_out(error)
+            if found is None and self.team.broken():
+                found = {"status": ENDED_BY_PEER}
+            if found is None:
                 raise
-            self._end_all(pending, ended)
+            self._end_all(pending, found)
 
     def _start(self) -> None:
         self._phase("context")
         self.device = open_device(self.settings, self.ledger, self.cells[0].purpose)
+        self.team.stage("nccl")
+        timed = any(c.timing for c in self.cells)
+        self.group = connect(self.settings, self.team, self.device, self.ledger, timed)
         self._phase("weights")
         weights = -(-self.settings.model.weights_bytes // self.device.scale)
         self.weights = self.device.allocate("weights", "weights", weights)
@@ -99,10 +122,12 @@ class Trial:
         self.ledger.note("workspace", "ready")
         self.startup_seconds = time.perf_counter() - self.began
         self.admitted = self.strategy.can_admit(self.cell.local_context_tokens)
+        self.team.join("ready")
 
     def _phase(self, name: str) -> None:
         self.phase = name
-        strike(self.settings.fault, name, self.device)
+        self.team.stage(name)
+        strike(self.settings.fault, name, self.device, self.team.place.rank)
 
     def _build(self) -> Strategy:
         from harness.options import strategy_options
@@ -129,7 +154,7 @@ class Trial:
             from harness.synthetic import make_content
 
             contents = [
-                make_content(g, self.settings.seed, self.workspace, self.settings.on_host)
+                make_content(g, self._content_seed, self.workspace, self.settings.on_host)
                 for g in self.settings.kv_model().groups
             ]
         self.contents = contents
@@ -137,7 +162,15 @@ class Trial:
             if self.cells[0].purpose == "bracket":
                 break
             self.strategy.open(sequence, self.cell.local_context_tokens)
-        return Filler(self.strategy, self.settings.kv_model(), self.ledger, contents)
+        model, check = self.settings.kv_model(), self.team.check
+        return Filler(self.strategy, model, self.ledger, contents, check)
+
+    @property
+    def _content_seed(self) -> int:
+        """Ranks hold different tokens and different KV heads, but for copies of a head."""
+        place, kv_heads = self.team.place, self.settings.model.kv_heads_total
+        head = place.tensor_index * min(kv_heads, place.tensor_ranks) // place.tensor_ranks
+        return (self.settings.seed + 7919 * (head + kv_heads * place.context_index)) % (1 << 32)
 
     def _fill_and_time(self, filler: Filler) -> dict[str, Any]:
         """Fill to the cell's target, time it, and say how it ended."""
@@ -147,14 +180,21 @@ class Trial:
         self._phase("fill")
         for sequence in range(self.settings.sequences):
             filler.fill(sequence, self.cell.target_tokens)
-        if self.cell.timing and self._writes and self.cell.target_tokens:
+        if self.cell.timing and self._writes and self.cell.every_rank_sees:
             from harness.measure import measure
 
             assert self.strategy is not None and self.workspace is not None
             assert self.contents is not None
             self._phase("decode")
             ended |= measure(
-                self.cell, self.strategy, self.contents, self.workspace, self.ledger, self._sample
+                self.cell,
+                self.strategy,
+                self.contents,
+                self.workspace,
+                self.ledger,
+                self._sample,
+                self.team,
+                self.group,
             )
         return ended
 
@@ -197,12 +237,19 @@ class Trial:
             "startup_seconds": self.startup_seconds,
             "admitted": None if self.admitted is None else str(self.admitted).lower(),
             "resident_tokens": self.ledger.resident_tokens,
+            "resident_tokens_all_ranks": self._tokens_of_all_ranks(ended),
             "wall_seconds": round(time.perf_counter() - self.began, 3),
         }
         row |= self._memory_columns()
         row |= self._growth_columns()
         row |= ended
         self.emit({"type": "row", "row": row})
+
+    def _tokens_of_all_ranks(self, ended: dict[str, Any]) -> int:
+        """Tokens of the sequences, of which this rank holds its share."""
+        if ended.get("resident_limited_by") == "target" and self.cell.purpose != "bracket":
+            return self.cell.filled_tokens * self.settings.sequences
+        return self.ledger.resident_tokens * self.settings.parallel.context_ranks
 
     def _memory_columns(self) -> Row:
         ledger = self.ledger

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from harness.planner_engines import ENGINES
 from harness.planner_spec import CUDA_GRANULARITY_BYTES, HOST_GRANULARITY_BYTES
+from harness.ranks_group import collective_workspace
 from harness.settings import Settings
 from kernels.view import Geometry
 from strategies.device import Allocation, Device
@@ -48,6 +49,7 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
         ("decode_partials", max(decode_scratch_bytes(x, sequences, sms) for x in groups)),
         ("prefill_partials", max(prefill_scratch_bytes(x, tokens, sms) for x in groups)),
         ("gate", gate_bytes(g)),
+        *collective_workspace(settings),
     ]
 
 
