@@ -24,10 +24,13 @@ def settings_of_command(overrides: Sequence[str], multirun: bool) -> list[Settin
     found: list[Settings] = []
     for job in expand(overrides, multirun):
         config = compose_config(job)
-        for words in arms_of(config, job):
+        # Rows of earlier runs need no arms.
+        for words in [job] if config.claims["from"] is not None else arms_of(config, job):
             settings = settings_of(config if words == job else compose_config(words), words)
             if settings not in found:
                 found.append(settings)
+    if len(found) > 1 and any(s.claims_from for s in found):
+        raise BadValue("claims.from", list(found[0].claims_from), "one list of runs, without -m")
     results = {s.results for s in found}
     if len(results) > 1:
         raise BadValue("results", ", ".join(sorted(results)), "one folder for all jobs")

@@ -149,11 +149,12 @@ class RunFolder:
         self._guard(lambda: write_atomic(self.path / name, text))
 
     def add(self, outcome: Outcome) -> list[Row]:
-        """Append a trial's records; the rows last, since they commit it."""
-        rows = [ordered({**r, "run_id": self.run_id}) for r in outcome.rows]
-        timeline = [
-            {**t, "run_id": self.run_id, "rank": t.get("rank", 0)} for t in outcome.timeline
-        ]
+        """Append a trial's records; the rows last, since they commit it.
+
+        Rows of an earlier run keep its ``run_id``.
+        """
+        rows = [ordered({"run_id": self.run_id, **r}) for r in outcome.rows]
+        timeline = [{"run_id": self.run_id, "rank": 0, **t} for t in outcome.timeline]
         self._guard(lambda: self._append(rows, timeline, outcome))
         self.rows += rows
         shutil.rmtree(self.scratch, ignore_errors=True)

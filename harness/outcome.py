@@ -60,7 +60,7 @@ def tell(
     if pictures:
         print("\nfigures  " + "\n         ".join(str(f) for f in pictures))
     print(f"report   {folder.path / 'report.md'}")
-    print(f"next     {_next_command(settings)}")
+    print(f"next     {_next_command(folder, settings)}")
 
 
 def warnings(rows: list[Row]) -> list[str]:
@@ -88,7 +88,7 @@ def _of_the_other(settings: list[Settings]) -> list[str]:
     """What the planner expects of the strategy that was not run."""
     first = settings[0]
     other = OTHER[first.strategy]
-    if other in {s.strategy for s in settings}:
+    if first.claims_from or other in {s.strategy for s in settings}:
         return []
     try:
         return [f"planned  {forecast.sentence(first, other)}"]
@@ -96,8 +96,8 @@ def _of_the_other(settings: list[Settings]) -> list[str]:
         return [f"planned  {other}: {error}"]
 
 
-def _next_command(settings: list[Settings]) -> str:
-    """The other strategy with the same words; after both, what real engines do."""
+def _next_command(folder: RunFolder, settings: list[Settings]) -> str:
+    """The other strategy with the same words; after both, the engines; after those, the claims."""
     first = settings[0]
     other = OTHER[first.strategy]
     context = tokens_text(first.context_tokens).replace(",", "")
@@ -105,6 +105,8 @@ def _next_command(settings: list[Settings]) -> str:
         own = [w for w in first.overrides if not w.startswith(("strategy", "context="))]
         words = [f"strategy={first.strategy},{other}", f"context={context}", *own]
         return f"python -m harness -m {shlex.join(words)}"
+    if first.experiment == "claims":
+        return f"python -m harness.report {shlex.quote(str(folder.path))}"
     if first.experiment == "root_cause":
         return "python -m harness experiment=claims"
     return f"python -m harness experiment=root_cause context={context}"

@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -65,7 +64,16 @@ def manifest(
             k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT_PREFIXES)
         },
         "seeds": sorted({s.seed for s in settings}),
-        "attempts": [{"started_utc": now_utc(), "pid": os.getpid()}],
+        "attempts": [attempt()],
+    }
+
+
+def attempt() -> dict[str, Any]:
+    """One start of a run: a resumed one has several, perhaps of several commits."""
+    return {
+        "started_utc": now_utc(),
+        "pid": os.getpid(),
+        "commit": git_state().get("commit", ""),
     }
 
 
@@ -147,8 +155,3 @@ def _gpu(nvml: Any, index: int) -> dict[str, Any]:  # noqa: ANN401
             value = f"not available ({error})"
         out[name] = value.decode() if isinstance(value, bytes) else value
     return out
-
-
-def command_line() -> list[str]:
-    """The words after ``python -m harness``."""
-    return sys.argv[1:]

@@ -156,7 +156,6 @@ class ExperimentConf:
     question: str = ""
     arms: Any = None
     matrix: Any = None
-    claims_from: Any = None
 
 
 @dataclass
@@ -211,6 +210,8 @@ class RootConf:
     sweep: SweepConf = field(default_factory=SweepConf)
     trial: TrialConf = field(default_factory=TrialConf)
     fault: FaultConf = field(default_factory=FaultConf)
+    # `from` is a word of Python's, so that no class can hold it.
+    claims: dict[str, Any] = field(default_factory=lambda: {"from": None})
     context: Any = "10M"
     fill: Any = None
     seed: int = 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness import forecast, provenance
+from harness.earlier import read_runs, without
 from harness.folder import RunFolder, find_or_create
 from harness.lock import device_lock
 from harness.progress import Progress
@@ -29,13 +30,18 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     """
     for one in settings:
         forecast.check(one)
+    earlier = read_runs(settings[0].claims_from)
+    devices = [s.hardware for s in settings if not s.claims_from]
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)
-    with device_lock(*(s.hardware for s in settings)):
+    with device_lock(*devices):
         folder, resumed = find_or_create(results, experiment, digest)
         _announce(folder, settings, resumed)
         _begin(folder, settings, words, experiment)
-        _measure(folder, settings)
+        if settings[0].claims_from:
+            folder.add(without(earlier, folder.rows))
+        else:
+            _measure(folder, settings)
         return _finish(folder, settings)
 
 
@@ -47,14 +53,17 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
         if settings[0].on_host
         else f"{hardware.device_name}, one GPU as one of {settings[0].parallel.ranks} ranks"
     )
-    print(f"device   {what}")
+    if settings[0].claims_from:
+        print(f"rows     of {', '.join(settings[0].claims_from)}; no trial is run")
+    else:
+        print(f"device   {what}")
     print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))
 
 
 def _begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
     manifest = folder.manifest()
     if manifest:
-        manifest["attempts"] += [{"started_utc": provenance.now_utc()}]
+        manifest["attempts"] += [provenance.attempt()]
     else:
         manifest = provenance.manifest(folder.run_id, settings, words, experiment)
     folder.write_json("manifest.json", manifest)
@@ -74,6 +83,9 @@ def _measure(folder: RunFolder, settings: list[Settings]) -> None:
     progress = Progress()
     try:
         Run(folder, settings, progress, on_row=progress.row).execute()
+    except KeyboardInterrupt:
+        folder.write_json("summary.json", summarise(folder.rows, []))
+        raise
     finally:
         progress.close()
 
@@ -91,4 +103,6 @@ def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
     figures = draw(folder, summary, manifest)
     folder.write_json("manifest.json", manifest)
     tell(folder, settings, summary, figures)
+    if settings[0].claims_from:  # how those trials ended was their own run's to say
+        return True
     return all(r["status"] != "crash" or r.get("signal") for r in folder.rows)

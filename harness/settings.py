@@ -68,6 +68,7 @@ class Settings:
     one_process: bool
     seed: int
     fault: dict[str, Any]
+    claims_from: tuple[str, ...]
     results: str
     overrides: tuple[str, ...] = ()
 
@@ -147,8 +148,10 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         _range(f"sweep.{key}", conf.sweep[key], 1, top)
     if not str(conf.results).strip():
         raise BadValue("results", conf.results, "a folder")
+    earlier = _claims_from(conf.claims)
+    named = _name("experiment.name", conf.experiment.name)
     made = Settings(
-        experiment=_name("experiment.name", conf.experiment.name),
+        experiment="claims" if earlier and named == "sweep" else named,
         strategy=str(conf.strategy.name),
         options=_strategy_options(conf.strategy),
         model=model,
@@ -167,6 +170,7 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         one_process=bool(conf.sweep.one_process),
         seed=int(conf.seed),
         fault=_fault(conf.fault),
+        claims_from=earlier,
         results=str(conf.results),
         overrides=tuple(overrides),
     )
@@ -300,6 +304,17 @@ def _fills(value: object) -> tuple[float, ...] | None:
     return tuple(sorted(set(_numbers(value, "fill", 0, "a number from 0 to 1, or a list of them"))))
 
 
+def _claims_from(conf: DictConfig) -> tuple[str, ...]:
+    if list(conf) != ["from"]:
+        raise BadValue("claims", dict(conf), "claims.from=[RUN,...]")
+    if conf["from"] is None:
+        return ()
+    folders = _items(conf["from"], "claims.from")
+    if not all(isinstance(f, str) and f.strip() for f in folders):
+        raise BadValue("claims.from", conf["from"], "folders of runs, such as [results/runs/X/Y]")
+    return tuple(folders)
+
+
 def _fault(conf: DictConfig) -> dict[str, Any]:
     _choice("fault.kind", conf.kind, FAULTS)
     _choice("fault.phase", conf.phase, FAULT_PHASES)
@@ -332,5 +347,6 @@ def from_json(data: dict[str, Any]) -> Settings:
         parallel=Parallel(**data["parallel"]),
         trial=TrialOptions(**data["trial"]),
         fills=None if data["fills"] is None else tuple(data["fills"]),
+        claims_from=tuple(data["claims_from"]),
         overrides=tuple(data["overrides"]),
     )
