@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from harness.columns import is_text
@@ -33,16 +33,21 @@ def read_runs(folders: Sequence[str]) -> Outcome:
             own, events, raw = _records(run.rows), _records(run.timeline), run.samples()
         except RunError as error:
             raise BadValue("claims.from", folder, f"folders of runs ({error})") from None
-        fresh = {_key(r) for r in own}
         rows |= {_key(r): r for r in own}
-        timeline |= {key: [e for e in events if _key(e) == key] for key in fresh}
-        ids = {trial_id for trial_id, _ in fresh}
-        samples |= {i: [s for s in raw if s.get("trial_id") == i] for i in ids}
+        timeline |= _grouped(events, _key)
+        samples |= _grouped(raw, lambda sample: sample.get("trial_id"))
     return Outcome(
         list(rows.values()),
         [event for events in timeline.values() for event in events],
         [sample for found in samples.values() for sample in found],
     )
+
+
+def _grouped(records: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    groups: dict[Any, list[Row]] = {}
+    for record in records:
+        groups.setdefault(key(record), []).append(record)
+    return groups
 
 
 def without(found: Outcome, rows: Sequence[Row]) -> Outcome:
