@@ -39,7 +39,11 @@ EXTRA = (
     "prefill_samples gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "
     "prefill_model_residual predicted_status predicted_off_by tolerance_bytes "
     "unexplained_phase sequences_admitted sequences_refused sequences_preempted "
-    "reserved_share internal_share external_share live_share fault error started_utc"
+    "reserved_share internal_share external_share live_share fault error started_utc "
+    # Several ranks: `resident_tokens` is the rank's own share of what all of them hold together;
+    # a decode step with its collectives, and these alone; who ended the trial.
+    "parallel context_ranks resident_tokens_all_ranks parallel_decode_step_ms collective_ms "
+    "collective_bytes merged_gate_error failed_rank"
 ).split()
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
@@ -71,7 +75,7 @@ _TEXT = frozenset(
         "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
         "purpose strategy_options growth release kv_scales prefill_kernel_variant "
         "predicted_status read_weights predicted_off_by unexplained_phase fault error "
-        "started_utc phase allocation admitted"
+        "started_utc phase allocation admitted parallel"
     ).split()
 )
 
