@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from harness.growth import Growth
 from harness.ledger import Ledger
 from harness.synthetic import Content
 from harness.workspace import BANK_TOKENS
@@ -15,15 +16,6 @@ from strategies.strategy import Strategy
 
 STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
 EVENTS_PER_FILL = 100
-
-
-@dataclass
-class Growth:
-    """What growing cost: events that committed memory, their bytes and stalls."""
-
-    seconds: float = 0.0
-    bytes: int = 0
-    stalls_us: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -88,8 +80,7 @@ class Filler:
         seconds = time.perf_counter() - began
         self.ledger.resident_tokens += tokens
         if committed > 0:
-            self.growth.stalls_us.append(seconds * 1e6)
-            self.growth.bytes += committed
+            self.growth.add(committed, seconds)
             self._pending_seconds += seconds
 
     def _report(self) -> None:

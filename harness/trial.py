@@ -277,18 +277,10 @@ class Trial:
         return row
 
     def _growth_columns(self) -> Row:
-        filler = getattr(self, "filler", None)
+        filler: Filler | None = getattr(self, "filler", None)
         if filler is None:
             return {}
-        growth, stalls = filler.growth, sorted(filler.growth.stalls_us)
-        row: Row = {"fill_seconds": round(growth.seconds, 4), "grow_events": len(stalls)}
-        if stalls:
-            row |= {
-                "grow_stall_us_p50": stalls[len(stalls) // 2],
-                "grow_stall_us_p99": stalls[min(len(stalls) - 1, len(stalls) * 99 // 100)],
-                "grow_bytes_per_second": growth.bytes / (sum(stalls) / 1e6),
-            }
-        return row
+        return filler.growth.columns()
 
     def _timeline(self, row: dict[str, Any]) -> None:
         self.emit({"type": "timeline", "row": row | {"trial_id": self.cell.trial_id}})
