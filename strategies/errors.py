@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 
-class OutOfMemory(Exception):  # noqa: N818  (the field's own word)
+class OutOfMemory(Exception):
     """An allocation did not fit; the state is as it was before the call.
 
     Parameters
@@ -43,7 +43,7 @@ class OutOfMemory(Exception):  # noqa: N818  (the field's own word)
         )
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     """A strategy declined by its own rule, before memory ran out (vLLM's start-up check, say).
 
     Parameters
