@@ -64,22 +64,22 @@ class DecodeConfig:
     segment_cost_blocks: float = 1.0
 
 
-# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm, warps with N = 16 and N = 32
+# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm
 _TMA = {
-    (64, "fp8_e4m3"): (128, 5, 3, 4, 8),
-    (128, "fp8_e4m3"): (128, 5, 2, 4, 8),
-    (256, "fp8_e4m3"): (64, 5, 2, 4, 8),
-    (64, "bf16"): (128, 5, 2, 4, 8),
-    (128, "bf16"): (64, 5, 2, 4, 8),
-    (256, "bf16"): (64, 5, 1, 8, 8),
+    (64, "fp8_e4m3"): (128, 5, 3),
+    (128, "fp8_e4m3"): (128, 5, 2),
+    (256, "fp8_e4m3"): (64, 5, 2),
+    (64, "bf16"): (128, 5, 2),
+    (128, "bf16"): (64, 5, 2),
+    (256, "bf16"): (64, 5, 1),
 }
 _POINTER = {
-    (64, "fp8_e4m3"): (128, 4, 3, 4, 8),
-    (128, "fp8_e4m3"): (128, 4, 2, 4, 8),
-    (256, "fp8_e4m3"): (64, 4, 2, 8, 8),
-    (64, "bf16"): (128, 4, 2, 4, 8),
-    (128, "bf16"): (64, 4, 2, 4, 8),
-    (256, "bf16"): (64, 4, 1, 8, 8),
+    (64, "fp8_e4m3"): (128, 4, 3),
+    (128, "fp8_e4m3"): (128, 4, 2),
+    (256, "fp8_e4m3"): (64, 4, 2),
+    (64, "bf16"): (128, 4, 2),
+    (128, "bf16"): (64, 4, 2),
+    (256, "bf16"): (64, 4, 1),
 }
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
 HEAD_DIMS = (64, 128, 256)
@@ -153,13 +153,12 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     check_geometry(geometry)
     tma = geometry.page_tokens == PAGE_TOKENS
     table = _TMA if tma else _POINTER
-    block, stages, programs, *warps = table[geometry.head_dim, geometry.kv_dtype]
-    n = padded_group(geometry.group)
+    block, stages, programs = table[geometry.head_dim, geometry.kv_dtype]
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
-        n=n,
+        n=padded_group(geometry.group),
         block_tokens=block,
-        num_warps=warps[n > 16],
+        num_warps=4,
         num_stages=stages,
         programs_per_sm=programs,
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from kernels.decode_plan import DecodePlan
 
 INTERPRETED = triton.knobs.runtime.interpret
-WIDTH = 32  # elements of D that a program merges: many small programs, each with all loads in flight
+WIDTH = 32  # elements of D a program merges: many small programs, each with all loads in flight
 PIECES = ((16, 4), (128, 4), (512, 8))  # partials held at once, and warps
 
 
@@ -65,10 +65,8 @@ def merge_kernel(
     for lo in range(0, pieces, P):
         source = begin + (lo + p).to(tl.int64) * step
         x = tl.load(lses + source, mask=lo + p < pieces, other=float("-inf")).to(tl.float32)
-        if TABLE:  # pieces of a split are all written, so their loads need not wait for x
-            written = lo + p < pieces
-        else:
-            written = x > float("-inf")
+        # Pieces of a split are all written, so their loads need not wait for x.
+        written = lo + p < pieces if TABLE else x > float("-inf")
         mask = written[:, None] & (d < D)[None, :]
         o = tl.load(outs + source[:, None] * D + d[None, :], mask=mask, other=0.0)
         new_top = tl.maximum(top, tl.max(x, 0))

@@ -19,7 +19,7 @@ Pair = tuple["torch.Tensor", "torch.Tensor"]
 
 
 def _on_host(view: View) -> bool:
-    return view.arena.device.type == "cpu"
+    return bool(view.arena.device.type == "cpu")
 
 
 def _host() -> ModuleType:
@@ -40,9 +40,9 @@ def append(
     if _on_host(view):
         _host().append(view, layer, k, v, rows, positions)
         return
-    from kernels import append as triton_append
+    from kernels.append import append as triton_append
 
-    triton_append.append(view, layer, k, v, rows, positions)
+    triton_append(view, layer, k, v, rows, positions)
 
 
 def append_run(
@@ -52,9 +52,9 @@ def append_run(
     if _on_host(view):
         _host().append_run(view, layer, k, v, row, start)
         return
-    from kernels import append as triton_append
+    from kernels.append import append_run as triton_append_run
 
-    triton_append.append_run(view, layer, k, v, row, start)
+    triton_append_run(view, layer, k, v, row, start)
 
 
 def append_codes_run(
@@ -93,9 +93,9 @@ def decode(
     if _on_host(view):
         found: Pair = _host().decode(view, layer, q, plan, out, lse, q_scale, sm_scale)
         return found
-    from kernels import decode as triton_decode
+    from kernels.decode import decode as triton_decode
 
-    return triton_decode.decode(view, layer, q, plan, out, lse, q_scale, sm_scale)
+    return triton_decode(view, layer, q, plan, out, lse, q_scale, sm_scale)
 
 
 def plan_prefill(
@@ -109,9 +109,9 @@ def plan_prefill(
     """Plan the chunk of queries at positions [start, start + tokens) of one sequence."""
     if _on_host(view):
         return _host().plan_prefill(view, row, start, tokens, sm_count, scratch)
-    from kernels import prefill as triton_prefill
+    from kernels.prefill import plan_prefill as plan
 
-    return triton_prefill.plan_prefill(view, row, start, tokens, sm_count, scratch)
+    return plan(view, row, start, tokens, sm_count, scratch)
 
 
 def prefill(
@@ -128,9 +128,9 @@ def prefill(
     if _on_host(view):
         found: Pair = _host().prefill(view, layer, q, plan, out, lse, q_scale, sm_scale)
         return found
-    from kernels import prefill as triton_prefill
+    from kernels.prefill import prefill as triton_prefill
 
-    pair: Pair = triton_prefill.prefill(view, layer, q, plan, out, lse, q_scale, sm_scale)
+    pair: Pair = triton_prefill(view, layer, q, plan, out, lse, q_scale, sm_scale)
     return pair
 
 
