@@ -16,6 +16,7 @@ PLANNER_TOLERANCE = 0.01
 BRACKET_WIDTH = 0.001
 SAMPLES_TOLERANCE = 1e-6
 # What makes two trials repeats of one another: everything but these.
+ALSO_OF_A_CELL = ("purpose", "strategy_options", "growth", "release")
 NOT_OF_A_CELL = {"run_id", "trial_id", "pair_id", "repeat", "started_utc", "seed"}
 
 
@@ -23,7 +24,8 @@ def repeatability(run: Run) -> Result:
     """Check that repeats of a cell agree: speeds within 2 %, peak memory within one chunk."""
     rows = trials(run.rows)
     rows = rows[rows["status"] == "ok"]
-    keys = [c for c in (*COLUMNS[: COLUMNS.index("status")], "purpose") if c not in NOT_OF_A_CELL]
+    columns = (*COLUMNS[: COLUMNS.index("status")], *ALSO_OF_A_CELL)
+    keys = [c for c in dict.fromkeys(columns) if c not in NOT_OF_A_CELL]
     faults, compared, worst = [], 0, 0.0
     for _, group in rows.groupby(keys, dropna=False):
         if len(group) < 2:

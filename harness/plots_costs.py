@@ -113,7 +113,7 @@ def figure_precision(rows: pd.DataFrame) -> Figure:
     own = own.assign(kv_bytes_per_token=own["kv_bytes_per_token"] * scale(own))
     ok = own[(own["status"] == "ok") | own["attention_decode_step_ms"].isna()]
     longest = ok.groupby(["strategy", "model", "kv_dtype"])["resident_tokens"].transform("max")
-    bars = series(ok[ok["resident_tokens"].fillna(0) == longest.fillna(0)], ("model", "kv_dtype"))
+    bars = series(ok[ok["resident_tokens"].fillna(0) == longest.fillna(0)], ("kv_dtype",))
     figure = style.new_figure(0.6 + (0.45 + 0.2 * len(bars)) * 3, 3)
     for axes, (metric, (label, factor)) in zip(figure.axes, PRECISION_METRICS.items(), strict=True):
         for y, one in enumerate(bars):
@@ -250,7 +250,7 @@ def figure_scaling(rows: pd.DataFrame) -> Figure:
 def _ranks_panel(
     axes: Axes, own: pd.DataFrame, column: str, handles: dict[str, Line2D], leave: tuple[str, ...]
 ) -> None:
-    for one in series(own, ("model", "context_tokens", "fill"), leave):
+    for one in series(own, ("context_tokens", "fill"), leave):
         look = _look(one.strategy, one.turn)
         ok = one.rows[(one.rows["status"] == "ok") & one.rows[column].notna()]
         middle = ok[column].groupby(ok["_ranks"]).median()

@@ -75,8 +75,8 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     handles.append(
         Patch(facecolor="white", edgecolor="black", hatch="////", label="failed or refused")
     )
-    sizes = (own["capacity_bytes"] * scale(own)).dropna().unique()
-    device = " or ".join(f"{size / GIB:.1f}" for size in sizes)
+    sizes = (own["capacity_bytes"] * scale(own) / GIB).dropna()
+    device = " or ".join(dict.fromkeys(f"{size:.1f}" for size in sizes))
     handles.append(Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB"))
     style.legend(figure, handles, columns=3)
     version = own.loc[own["emulated_version"] != "", "strategy"].tolist()
@@ -101,6 +101,8 @@ def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
                 refused = max(row["oom_requested_bytes"] * factor, 0.0)
                 name = row["oom_allocation"] or row["oom_phase"]
                 said = f"{style.ENDS.get(row['status'], ('', row['status']))[1]}: {name}"
+                if row["status"] == "refused" and row["oom_free_bytes"] >= 0:
+                    said = f"refused: {row['oom_free_bytes'] * factor:.1f} allowed"
             out.append((one.label, tokens(row["context_tokens"]), found, refused, said))
     return out
 
@@ -157,7 +159,7 @@ def _stack(axes: Axes, bars: list[Bar]) -> None:
             last, y = label, y + 1
         ticks.append((y, context))
         end = _bar(axes, y, found, refused)
-        axes.annotate(
+        note = axes.annotate(
             style.plain(f"{end:.0f}" + (f"  {said}" if said else "")),
             (end, y),
             xytext=(2, 0),
@@ -168,12 +170,13 @@ def _stack(axes: Axes, bars: list[Bar]) -> None:
             color=style.VERMILLION if said else style.BLACK,
             zorder=3,
         )
+        note.set_in_layout(False)
     axes.set_yticks([at for at, _ in ticks], [context for _, context in ticks], fontsize=6)
     axes.tick_params("y", length=0)
     axes.set_ylim(y + 0.6, -0.6)
     axes.grid(axis="y", visible=False)
     reach = max(sum(found.values()) + refused for *_, found, refused, _ in bars)
-    axes.set_xlim(0, max(axes.get_xlim()[1], reach * 1.5))
+    axes.set_xlim(0, max(axes.get_xlim()[1], reach * 1.95))
 
 
 def _bar(axes: Axes, y: float, found: dict[str, float], refused: float) -> float:
@@ -210,9 +213,7 @@ def figure_mem_fraction(rows: pd.DataFrame) -> Figure:
     curves = [
         (of, one)
         for of in dict.fromkeys(meaning)
-        for one in series(
-            own[[m == of for m in meaning]], ("model", "context_tokens"), ("mem_fraction",)
-        )
+        for one in series(own[[m == of for m in meaning]], ("context_tokens",), ("mem_fraction",))
     ]
     for n, (of, one) in enumerate(curves):
         colour = colours[n % len(colours)]

@@ -80,10 +80,17 @@ def frame_timeline(timeline: pd.DataFrame) -> pd.DataFrame:
 
 
 def ledger_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
-    """Return the events of a row's trial, of its own rank where several wrote."""
+    """Return the events of a row's trial, of its own rank where several wrote.
+
+    Of a trial that failed, those up to its peak: what it gave back afterwards was held when it
+    failed.
+    """
     events = timeline[(timeline["trial_id"] == row["trial_id"]) & (row["trial_id"] != "")]
     if events["rank"].notna().any():
         events = events[events["rank"].fillna(0) == (row["rank"] if row["rank"] > 0 else 0)]
+    if row["status"] != "ok" and not events.empty:
+        held = events["event_bytes"].fillna(0).cumsum().to_numpy()
+        events = events.iloc[: int(held.argmax()) + 1]
     return events
 
 

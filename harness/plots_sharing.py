@@ -46,7 +46,7 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     matplotlib.figure.Figure
     """
     own = trials(rows)
-    ours = [(s.label, s.rows) for s in series(own, ("model",))]
+    ours = [(s.label, s.rows) for s in series(own)]
     heights = [len(ours) + 0.8, len(PAPER) + 0.8, len(ours) + 0.8]
     figure = style.new_figure(1.5 + 0.17 * sum(heights), 3, gridspec_kw={"height_ratios": heights})
     shares = [[part[c].median() for c in SHARES] for _, part in ours]
@@ -128,7 +128,7 @@ def figure_fragmentation(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         A panel a strategy and configuration.
     """
     own, events = trials(rows), frame(timeline, TIMELINE_COLUMNS)
-    curves = series(own, ("model",))
+    curves = series(own)
     figure = style.new_figure(0.7 + 1.15 * len(curves), len(curves), sharex=True, sharey=True)
     for axes, one in zip(figure.axes, curves, strict=True):
         colour, _ = style.look(one.strategy)

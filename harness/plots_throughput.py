@@ -39,7 +39,7 @@ def figure_throughput(rows: pd.DataFrame) -> Figure:
     own = trials(rows)
     figure = style.new_figure(3.7, 2, sharex=True)
     handles: list[Line2D] = []
-    curves = series(own, extra=("model",))
+    curves = series(own)
     for one in sorted(curves, key=lambda c: (rank_of(c.strategy), c.turn)):
         drawn = [
             _rate(axes, one, column) for axes, (column, _) in zip(figure.axes, RATES, strict=True)

@@ -80,7 +80,7 @@ class Series:
 def series(
     rows: pd.DataFrame, extra: tuple[str, ...] = (), leave: tuple[str, ...] = ()
 ) -> list[Series]:
-    """Every curve of the rows: each strategy, split by whatever varies within it.
+    """Return every curve of the rows: each strategy and model, split by what varies within it.
 
     Parameters
     ----------
@@ -88,7 +88,8 @@ def series(
     extra : tuple of str
         Further columns that split curves, ``fill`` say.
     leave : tuple of str
-        Columns that do not split them (the figure's own x axis, say).
+        Columns that do not split them (the figure's own x axis, say); with ``model``, models are
+        still kept apart but not named.
 
     Returns
     -------
@@ -96,15 +97,19 @@ def series(
         Together they hold every row.
     """
     out: list[Series] = []
+    several = rows["model"].nunique() > 1 and "model" not in leave
     for strategy in sorted(rows["strategy"].unique(), key=rank_of):
-        own = rows[rows["strategy"] == strategy]
-        split = _configuration(own, extra, leave)
-        varied = [c for c in split if _values(split, str(c)) > 1]
-        groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
-        for turn, (values, group) in enumerate(groups):
-            parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
-            label = ", ".join([str(strategy), *(p for p in parts if p)])
-            out.append(Series(str(strategy), label, own.loc[group.index], turn))
+        turn = 0
+        for model, own in rows[rows["strategy"] == strategy].groupby("model", sort=True):
+            split = _configuration(own, extra, leave)
+            varied = [c for c in split if _values(split, str(c)) > 1]
+            groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
+            for values, group in groups:
+                parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
+                names = [str(strategy), str(model) if several else "", *parts]
+                label = ", ".join(p for p in names if p)
+                out.append(Series(str(strategy), label, own.loc[group.index], turn))
+                turn += 1
     return out
 
 

@@ -44,7 +44,7 @@ def oom_points_table(summary: dict[str, Any]) -> str:
 
 def verdict_table(summary: dict[str, Any]) -> str:
     """Return the verdict on every claim for a terminal."""
-    widths = {"condition": 52, "claim": 34, "measured": 18, "reported": 14, "unit": 14, "basis": 22}
+    widths = {"condition": 48, "claim": 30, "measured": 18, "reported": 12, "basis": 20}
     return untitled(verdicts(summary)).text(widths)
 
 
@@ -60,7 +60,7 @@ def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
     every = trials(rows)
     own = points(every)
     lines, anchors = [], []
-    for one in series(own):
+    for one in series(own, leave=("model",)):
         keys = ["model", "context_tokens", "fill", "status", "oom_phase", "oom_allocation"]
         if each:
             keys.append("repeat")
@@ -176,7 +176,7 @@ def oom_points(summary: dict[str, Any]) -> Table:
     for name, one in strategies(summary):
         for key, text in meaning.items():
             bracket = lookup(one, key)
-            if not bracket:
+            if not bracket or (lookup(bracket, "ok") is None and not lookup(bracket, "not_ok")):
                 continue
             ended = clean(lookup(bracket, "limited_by", default=""))
             lines.append(
@@ -200,18 +200,22 @@ def verdicts(summary: dict[str, Any]) -> Table:
             clean(lookup(c, "id", default="")),
             clean(lookup(c, "claim", default="") or lookup(c, "text", default="")) or EMPTY,
             clean(lookup(c, "verdict", default="")) or EMPTY,
-            value(lookup(c, "measured")),
+            _with_unit(c),
             value(lookup(c, "reported")),
-            clean(lookup(c, "unit", default="")) or EMPTY,
             clean(lookup(c, "basis", default="")) or EMPTY,
             clean(lookup(c, "condition", default="")) or EMPTY,
         )
         for c in dicts(summary, "claims")
     )
-    columns = ("id", "claim", "verdict", "measured", "reported", "unit", "basis", "condition")
+    columns = ("id", "claim", "verdict", "measured", "reported", "basis", "condition")
     return without_empty(
         Table("Verdicts on the report's claims", columns, lines), keep=("id", "verdict")
     )
+
+
+def _with_unit(claim: dict[str, Any]) -> str:
+    text, unit = value(lookup(claim, "measured")), clean(lookup(claim, "unit", default=""))
+    return text if text == EMPTY or not unit else f"{text} {unit}"
 
 
 def planner(rows: pd.DataFrame) -> Table:
@@ -264,7 +268,7 @@ def value(item: object) -> str:
     if isinstance(item, bool) or item is None:
         return EMPTY if item is None else ("yes" if item else "no")
     if isinstance(item, (int, float)):
-        return count(item) if float(item).is_integer() else figure_of(item)
+        return count(item) if float(item).is_integer() or abs(item) >= 1e4 else f"{item:.4g}"
     return clean(item) or EMPTY
 
 

@@ -53,7 +53,7 @@ def test_what_an_engine_asked_for_is_stacked_and_the_failing_item_named():
     figure = figure_root_cause(frame(rows), pd.DataFrame(engine_events(rows)))
     said = texts(figure)
     assert any("out of memory: kv_pool" in t and t.startswith("196") for t in said)
-    assert any("refused: kv_pool" in t for t in said)
+    assert any("refused: " in t and "allowed" in t for t in said)
     assert {"sglang", "sglang, max_running_requests=16", "vllm"} <= set(said)
     assert "req_to_token" in legend(figure) and "CUDA graphs" in legend(figure)
     hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
@@ -158,3 +158,12 @@ def test_each_experiment_draws_its_own_figures(experiment, names):
     row = cell("sglang" if experiment == "root_cause" else "paged", 1_000_000, 1.0)
     found = figures(frame([row | {"experiment": experiment, "live_share": 0.9}]), None, SUMMARY)
     assert set(found) == names
+
+
+def test_what_a_failed_start_gave_back_is_drawn_as_it_was_when_it_failed():
+    row = engine_rows()[0]
+    held = engine_events([row, row | {"trial_id": "other"}])
+    held = [e for e in held if e["trial_id"] == row["trial_id"]]
+    back = [e | {"event_bytes": -e["event_bytes"]} for e in held[:0:-1]]
+    found = items_of(frame([row]).iloc[0], frame(held + back, TIMELINE_COLUMNS))
+    assert found == {"weights": 4 * GIB, "req_to_token": 76 * GIB}
