@@ -40,9 +40,9 @@ class Progress:
         """``trials`` more are done."""
         if self.bar.total is not None and self.bar.n + trials > self.bar.total:
             self.bar.total = self.bar.n + trials
-        self.bar.update(trials)
         context = tokens_text(cell.context_tokens)
-        self.bar.set_postfix_str(f"{cell.settings.strategy} {context} done")
+        self.bar.set_postfix_str(f"{cell.settings.strategy} {context} done", refresh=False)
+        self.bar.update(trials)
 
     def row(self, row: Row) -> None:
         """One line for a finished trial, above the bar."""
