@@ -198,6 +198,8 @@ class PageAllocator:
                 usable &= self._committed[self._first : self._first + span]
             if int(counts[usable].sum()) >= pages:
                 return self._lowest_of(np.flatnonzero(usable) + self._first, pages)
+            if self._first + span >= self.chunks:
+                raise RuntimeError(f"fewer than {pages} pages are free, against the count")
             span *= 4
 
     def _lowest_of(self, chunks: npt.NDArray[np.int64], pages: int) -> Pages:
