@@ -11,41 +11,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from harness import hydra_flags
 from harness.folder import FolderError
 from harness.lock import Busy
 from harness.settings import Settings
 from harness.sizes import BadValue, printable
 
-HYDRA_FLAGS = (
-    "--help",
-    "-h",
-    "--hydra-help",
-    "--cfg",
-    "-c",
-    "--info",
-    "-i",
-    "--version",
-    "--package",
-    "-p",
-    "--resolve",
-    "--shell-completion",
-    "-sc",
-)
 MULTIRUN_FLAGS = ("-m", "--multirun")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if any(w.split("=")[0] in HYDRA_FLAGS for w in words):
-        return _hydra(words)
+    shown = hydra_flags.asked(words)
     multirun = any(w in MULTIRUN_FLAGS for w in words)
     unknown = [w for w in words if w.startswith("-") and w not in MULTIRUN_FLAGS]
-    if unknown:
+    if unknown and not shown:
         print(f"harness: {unknown[0]}: no such option; see --help", file=sys.stderr)
         return 2
     overrides = [w for w in words if w not in MULTIRUN_FLAGS]
     try:
+        if shown:
+            return hydra_flags.show(words)
         from harness.arms import settings_of_command
 
         settings = settings_of_command(overrides, multirun)
@@ -56,21 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nharness: interrupted; the same command resumes this run", file=sys.stderr)
         return 130
-
-
-def _hydra(words: list[str]) -> int:
-    """``--help``, ``--cfg`` and their like are Hydra's own."""
-    import hydra
-
-    from harness.compose import conf_dir
-    from harness.schema import register
-
-    register()
-    sys.argv = ["harness", *words]
-    hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(
-        lambda config: None
-    )()
-    return 0
 
 
 def _run(settings: list[Settings], words: list[str]) -> int:
