@@ -12,10 +12,7 @@ from harness.compose import compose_config, conf_dir
 from harness.schema import register
 from harness.sizes import BadValue, printable
 
-SHOWING = (
-    "--help -h --hydra-help --cfg -c --info -i --version --shell-completion -sc"
-).split()
-REFINING = "--package -p --resolve".split()
+SHOWING = ("--help -h --hydra-help --cfg -c --info -i --version --shell-completion -sc").split()
 
 
 def asked(words: Sequence[str]) -> bool:
