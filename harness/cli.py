@@ -7,6 +7,7 @@ same command).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,11 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if shown:
             return hydra_flags.show(words)
         from harness.arms import settings_of_command
+        from harness.ranks_relay import joined_world, run_as
 
         settings = settings_of_command(overrides, multirun)
-        return _run(settings, words)
+        with joined_world() as world:
+            return run_as(world, settings, lambda: _run(settings, words))
     except (BadValue, FolderError, Busy) as error:
-        print(f"harness: {printable(error)}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # one line, however many ranks find the same fault
+            print(f"harness: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nharness: interrupted; the same command resumes this run", file=sys.stderr)

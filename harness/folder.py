@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.columns import COLUMNS, TIMELINE_COLUMNS, is_text, ordered
+from harness.ranks_summary import complete
 from harness.rows import Row
 
 # Endings whose output is kept beside the rows, for whoever wants to know why.
@@ -185,7 +186,7 @@ class RunFolder:
         if not (_has_columns(trials, COLUMNS) and _has_columns(timeline, TIMELINE_COLUMNS)):
             return False
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.rows = _read_csv(trials)
+        self.rows = complete(_read_csv(trials))
         done = {str(r["trial_id"]) for r in self.rows}
         _rewrite_csv(trials, COLUMNS, self.rows)
         kept = [t for t in _read_csv(timeline) if t["trial_id"] in done]

@@ -25,10 +25,16 @@ from harness.sizes import BadValue, gib, tokens_text
 from harness.summary import ENDED
 from harness.workspace import workspace_items
 
+MAX_CONTEXT_TOKENS = 1 << 40
 OFF_BY = 0.01  # a prediction within 1 % of the measurement stands
 
 
-def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float = 1.0) -> PlanSpec:
+def plan_spec(
+    settings: Settings,
+    context_tokens: int | None = None,
+    fill: float = 1.0,
+    context_index: int = 0,
+) -> PlanSpec:
     """The numbers that the planner needs, in the device's own bytes (scaled on the host)."""
     scale = settings.scale
     hardware = settings.hardware
@@ -38,11 +44,12 @@ def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float
         options=dict(settings.options),
         model=settings.kv_model(),
         engine_model=engine_model(settings) if settings.strategy in ENGINES else None,
-        context_tokens=settings.local_tokens(context),
+        context_tokens=settings.local_tokens(context, context_index),
         fill=fill,
         sequences=settings.sequences,
         capacity_bytes=settings.device_bytes,
         context_bytes=-(-hardware.context_bytes // scale),
+        nccl_bytes=-(-settings.parallel.nccl_bytes // scale),
         weights_bytes=-(-settings.model.weights_bytes // scale),
         workspace_items=tuple((n, -(-b // scale)) for n, b in workspace_items(settings)),
         scale=scale,
@@ -55,7 +62,7 @@ def plan_spec(settings: Settings, context_tokens: int | None = None, fill: float
 def predict_cell(cell: Cell) -> Prediction:
     """How a cell's trial would go; ``bracket`` cells are not filled."""
     fill = 0.0 if cell.purpose == "bracket" else cell.fill
-    return predict(plan_spec(cell.settings, cell.context_tokens, fill))
+    return predict(plan_spec(cell.settings, cell.context_tokens, fill, cell.context_index))
 
 
 _COMPLAINT = re.compile(
@@ -111,7 +118,8 @@ def _deviations(row: Row, made: Prediction) -> list[str]:
         if item.location == "device" and not item.failed:
             by_phase[item.phase] = by_phase.get(item.phase, 0) + item.nbytes
     measured = {
-        p: row.get(f"{p}_bytes") or 0 for p in ("context", "weights", "tables", "workspace")
+        p: row.get(f"{p}_bytes") or 0
+        for p in ("context", "nccl", "weights", "tables", "workspace")
     }
     measured["kv"] = row.get("kv_committed_bytes") or 0
     by_phase["kv"] = made.predicted_kv_bytes
@@ -142,12 +150,28 @@ def _points(key: _Key) -> OomPoints:
 
 def startup_guess(settings: Settings) -> int:
     """Largest context that the planner expects to start, in tokens over all ranks."""
-    return (points(settings).startup.ok or 1) * settings.parallel.context_ranks
+    return settings.all_tokens(points(settings).startup.ok or 1)
 
 
 def admit_guess(settings: Settings) -> int:
     """Largest context that the planner expects to be admitted."""
-    return (points(settings).admit.ok or 1) * settings.parallel.context_ranks
+    return settings.all_tokens(points(settings).admit.ok or 1)
+
+
+def context_beyond_capacity(settings: Settings) -> int:
+    """A context, over all ranks, that a trial cannot fill; the largest that starts if none fails.
+
+    A tenth above what the planner expects a rank to hold, so that tables stay near their size at
+    the capacity.
+    """
+    context = settings.context_tokens
+    made = predict(plan_spec(settings, context))
+    while made.started and made.outcome == "ok" and context < MAX_CONTEXT_TOKENS:
+        context *= 2
+        made = predict(plan_spec(settings, context))
+    if not made.started:
+        return startup_guess(settings)
+    return settings.all_tokens(made.resident_tokens + made.resident_tokens // 10 + 1)
 
 
 def largest_ok_context(settings: Settings) -> int:

@@ -54,7 +54,16 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
     FolderError
         When the scratch folder cannot be written.
     """
-    spec, records, log = _prepared(job, scratch)
+    parallel = job.cells[0].settings.parallel
+    if parallel.planned:
+        from harness.ranks_planned import planned_outcome
+
+        return planned_outcome(job)
+    if parallel.backend:
+        from harness.ranks_relay import run_everywhere
+
+        return run_everywhere(job, scratch, on_record)
+    spec, records, log = prepared(job, scratch)
     began = time.monotonic()
     with open(log, "wb") as out:
         process = subprocess.Popen(
@@ -63,20 +72,21 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            env=_environment(),
+            env=child_environment(),
         )
         timed_out = _wait(process, job, records, on_record, began)
     return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
 
 
-def _prepared(job: Job, scratch: Path) -> tuple[Path, Path, Path]:
-    """The trial's spec, written, and its records and log, empty."""
+def prepared(job: Job, scratch: Path, team: Row | None = None) -> tuple[Path, Path, Path]:
+    """The trial's spec, written, and its records and log, empty; ``team`` is a rank's place."""
     spec, records, log = (scratch / n for n in ("spec.json", "records.jsonl", "log.txt"))
     content = {
         "parent": os.getpid(),
         "records": str(records),
         "extra": job.extra,
         "cells": [c.to_json() for c in job.cells],
+        "team": team,
     }
     try:
         scratch.mkdir(parents=True, exist_ok=True)
@@ -88,7 +98,7 @@ def _prepared(job: Job, scratch: Path) -> tuple[Path, Path, Path]:
     return spec, records, log
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The trial's environment: modules are found as they were found here.
 
     Idle OpenMP threads sleep instead of spinning: on a busy two-core machine spinning makes the
@@ -112,12 +122,12 @@ def _wait(
     try:
         while process.poll() is None:
             if time.monotonic() - began > limit:
-                _kill(process)
+                kill_trial(process)
                 return True
             time.sleep(POLL_SECONDS)
             position = _follow(records, position, on_record)
     except BaseException:  # Ctrl-C: the trial goes first, then we
-        _kill(process)
+        kill_trial(process)
         raise
     return False
 
@@ -135,7 +145,7 @@ def _follow(records: Path, position: int, on_record: Callable[[Row], None] | Non
     return position
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
+def kill_trial(process: subprocess.Popen[bytes]) -> None:
     """End the trial and every process that it started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -153,9 +163,9 @@ def _outcome(
     done = {r["trial_id"] for r in rows}
     missing = [c for c in job.cells if c.trial_id not in done]
     if missing:
-        ended = _how_it_ended(job, code, timed_out, found, text)
+        ended = how_it_ended(job, code, timed_out, found, text)
         last: Row = next((r["row"] for r in reversed(found) if r["type"] == "timeline"), {})
-        rows += [_unfinished(c, job.extra, ended, last, seconds) for c in missing]
+        rows += [unfinished(c, job.extra, ended, last, seconds) for c in missing]
     return Outcome(
         rows,
         [r["row"] for r in found if r["type"] == "timeline"],
@@ -175,7 +185,7 @@ def _read_records(records: Path) -> list[dict[str, Any]]:
     return out
 
 
-def _how_it_ended(
+def how_it_ended(
     job: Job, code: int, timed_out: bool, found: list[dict[str, Any]], text: str
 ) -> Row:
     """Status and signal of a trial that left no row."""
@@ -199,7 +209,7 @@ def _killed_for_memory(found: list[dict[str, Any]]) -> bool:
     return before is not None and now is not None and now > before
 
 
-def _unfinished(cell: Cell, extra: Row, ended: Row, last: Row, seconds: float) -> Row:
+def unfinished(cell: Cell, extra: Row, ended: Row, last: Row, seconds: float) -> Row:
     """A row for a cell whose process died: how, and the last that its ledger said."""
     row = identity(cell, extra) | ended
     row["wall_seconds"] = round(seconds, 3)

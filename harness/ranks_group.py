@@ -130,7 +130,7 @@ class Collectives:
         if self.context_group is None:
             into[0].copy_(own)
         else:
-            dist.all_gather_into_tensor(into, own, group=self.context_group)
+            dist.all_gather_into_tensor(into.flatten(0, 1), own, group=self.context_group)
 
     def reduce(self, hidden: torch.Tensor) -> None:
         """Sum ``hidden`` over the tensor ranks, in place."""

@@ -231,7 +231,7 @@ def _sum_error(exchange: Exchange, merged: torch.Tensor) -> float:
     every = torch.empty(
         (group.tensor_size, *hidden.shape), dtype=torch.float32, device=hidden.device
     )
-    dist.all_gather_into_tensor(every, hidden.float(), group=group.tensor_group)
+    dist.all_gather_into_tensor(every.flatten(0, 1), hidden.float(), group=group.tensor_group)
     want = every.double().sum(0)
     got = exchange.reduce().double()
     return float((got - want).norm() / want.norm())

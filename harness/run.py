@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from harness import forecast
 from harness.bracket import Bracket, close_bracket
@@ -11,6 +11,8 @@ from harness.cell import Cell
 from harness.folder import RunFolder
 from harness.launch import Job, run_job
 from harness.progress import Progress
+from harness.ranks import Place
+from harness.ranks_summary import per_trial
 from harness.rows import Row
 from harness.settings import Settings
 from harness.summary import admitted, started
@@ -66,27 +68,31 @@ class Run:
         """Points of the sweep first, then the OOM brackets."""
         jobs = interleaved(self.settings)
         bracketed = [s for s in self.settings if s.brackets]
-        expected = {c.trial_id for cells in jobs for c in cells}
+        capacities = [_capacity_cell(s) for s in self.settings if s.capacity and not s.brackets]
+        expected = {c.trial_id for c in [*capacities, *(c for cells in jobs for c in cells)]}
         for settings in bracketed:
             expected |= {c.trial_id for c in _expected_bracket_cells(settings)}
         self.progress.expect(len(expected - {str(r["trial_id"]) for r in self.folder.rows}))
         for cells in jobs:
             self.rows_of(cells)
+        for cell in capacities:
+            self.rows_of([cell])
         for settings in bracketed:
             self._brackets(settings)
 
     def rows_of(self, cells: list[Cell]) -> list[Row]:
-        """Rows of one process's cells: from the folder, or measured now."""
-        have = {str(r["trial_id"]): r for r in self.folder.rows}
+        """Rows of one trial's cells, of all its ranks: from the folder, or measured now."""
+        have = {str(r["trial_id"]): r for r in per_trial(self.folder.rows)}
         missing = [c for c in cells if c.trial_id not in have]
         if missing:
             job = Job(missing, {"experiment": cells[0].settings.experiment})
             outcome = run_job(job, self.folder.scratch, self.progress.record)
             by_id = {c.trial_id: c for c in missing}
             outcome.rows = [
-                forecast.with_prediction(r, by_id[str(r["trial_id"])]) for r in outcome.rows
+                forecast.with_prediction(r, _of_rank(by_id[str(r["trial_id"])], int(r["rank"])))
+                for r in outcome.rows
             ]
-            for row in self.folder.add(outcome):
+            for row in per_trial(self.folder.add(outcome)):
                 have[str(row["trial_id"])] = row
                 self.on_row(row)
             self.progress.advance(len(missing), cells[-1])
@@ -115,12 +121,24 @@ class Run:
         return closed
 
 
+def _of_rank(cell: Cell, rank: int) -> Cell:
+    """The cell as one rank sees it: its share of the sequences."""
+    parallel = cell.settings.parallel
+    place = Place(rank, parallel.processes, parallel.tp, parallel.context_ranks)
+    return replace(cell, context_index=place.context_index)
+
+
 def _bracket_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
     return Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
 
 
 def _resident_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
     return Cell(settings, tokens, purpose="resident", timing=False, repeat=repeat)
+
+
+def _capacity_cell(settings: Settings) -> Cell:
+    """One sequence that grows until it is refused, in a context that is larger than that."""
+    return _resident_cell(settings, forecast.context_beyond_capacity(settings), 0)
 
 
 def _chunk_tokens(settings: Settings) -> int:

@@ -10,6 +10,7 @@ from harness.earlier import read_runs, without
 from harness.folder import RunFolder, find_or_create
 from harness.lock import device_lock
 from harness.progress import Progress
+from harness.ranks_relay import devices_here
 from harness.run import Run
 from harness.settings import Settings
 from harness.summary import summarise
@@ -31,7 +32,7 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     for one in settings:
         forecast.check(one)
     earlier = read_runs(settings[0].claims_from)
-    devices = [s.hardware for s in settings if not s.claims_from]
+    devices = [d for s in settings if not s.claims_from for d in devices_here(s)]
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)
     with device_lock(*devices):

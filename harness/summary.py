@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
+from harness.ranks_summary import held_tokens, per_trial, rank_spread
 from harness.rows import Row
 
 SCHEMA = 1
@@ -13,7 +14,8 @@ START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
     "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena "
-    "table_order capacity_bytes emulated_ranks world_size workload hybrid read_weights fault"
+    "table_order capacity_bytes emulated_ranks world_size parallel "
+    "context_ranks workload hybrid read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
@@ -106,11 +108,11 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     ]
     if not filled:
         return {"ok": None, "not_ok": None, "limited_by": ""}
-    ok = max(int(r["resident_tokens"]) for r in filled)
+    ok = max(held_tokens(r) for r in filled)
     refused = [r for r in filled if r["status"] in ("oom", "refused")]
     if refused:
-        best = max(refused, key=lambda r: int(r["resident_tokens"]))
-        page = int(best["page_tokens"])
+        best = max(refused, key=held_tokens)
+        page = int(best["page_tokens"]) * int(best.get("context_ranks") or 1)
         return {"ok": ok, "not_ok": ok + page, "limited_by": best["status"]}
     if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
@@ -119,13 +121,13 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
 
 def strategy_summary(rows: list[Row]) -> dict[str, Any]:
     """One arm's entry in ``strategies``."""
-    whole = [r for r in rows if r.get("engine_version") is None]
+    whole = per_trial(r for r in rows if r.get("engine_version") is None)
     start = bracket((int(r["context_tokens"]), started(r)) for r in whole)
     peaks = [int(r["peak_device_bytes"]) for r in whole if r.get("peak_device_bytes") is not None]
     rates: dict[int, list[float]] = {}
     for r in whole:
         if r["status"] == "ok" and r.get("attention_decode_tokens_per_second") is not None:
-            rates.setdefault(int(r["resident_tokens"]), []).append(
+            rates.setdefault(held_tokens(r), []).append(
                 float(r["attention_decode_tokens_per_second"])
             )
     return {
@@ -140,6 +142,7 @@ def strategy_summary(rows: list[Row]) -> dict[str, Any]:
             }
             for tokens, own in sorted(rates.items())
         ],
+        **({"ranks": spread} if (spread := rank_spread(rows)) else {}),
     }
 
 

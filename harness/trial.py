@@ -79,6 +79,7 @@ class Trial:
                     self.team.join("cell")
                 self._finish(ended)
                 pending.pop(0)
+            self._part()
         except OutOfMemory as refused:
             self._end_all(pending, self._oom(refused))
         except Refused as refused:
@@ -123,6 +124,13 @@ class Trial:
         self.startup_seconds = time.perf_counter() - self.began
         self.admitted = self.strategy.can_admit(self.cell.local_context_tokens)
         self.team.join("ready")
+
+    def _part(self) -> None:
+        """Leave the process group together, rank 0, whose store it is, last."""
+        if self.group is not None:
+            self.team.join("end")
+            self.group.close()
+            self.team.join("closed")
 
     def _phase(self, name: str) -> None:
         self.phase = name

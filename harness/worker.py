@@ -17,6 +17,8 @@ from typing import Any
 
 from harness.cell import cell_from_json
 from harness.oom_killer import oom_kills
+from harness.ranks import Place
+from harness.ranks_control import Control
 from harness.trial import Trial
 
 PR_SET_PDEATHSIG = 1
@@ -42,7 +44,9 @@ def main(path: str) -> int:
         try:
             emit({"type": "began", "oom_kills": oom_kills()})
             cells = [cell_from_json(c) for c in spec["cells"]]
-            Trial(cells, emit, spec["extra"]).run()
+            place = spec.get("team")
+            team = None if place is None else Control(Place(**place), emit)
+            Trial(cells, emit, spec["extra"], team).run()
         except Exception as error:  # the harness turns this into a row with status=crash
             emit({"type": "error", "error": f"{type(error).__name__}: {error}"})
             traceback.print_exc()

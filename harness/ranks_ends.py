@@ -1,0 +1,163 @@
+"""From what each rank of a trial left behind to its rows, and to the rank that ended it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from harness.cell import Cell
+from harness.folder import Outcome
+from harness.launch import Job, how_it_ended, unfinished
+from harness.rows import Row
+
+ENDED_BY_PEER = "ended by another rank"  # a rank's own word, until the trial's end replaces it
+ORDERLY = ("oom", "refused")
+PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode", "prefill")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a trial failed first.
+
+    Parameters
+    ----------
+    rank : int or None
+        None when ranks hang and none is behind the others.
+    status : str
+    limit : int or None
+        Resident tokens of the failed rank, to which the others still grow: what a trial holds is
+        what its smallest rank holds. None: they end at once.
+    """
+
+    rank: int | None
+    status: str
+    limit: int | None = None
+
+    @staticmethod
+    def of(rank: int, row: Row) -> Failure | None:
+        """The failure that a rank's row tells of; None when it is ok or another rank's doing."""
+        status = row["status"]
+        if status in ("ok", ENDED_BY_PEER):
+            return None
+        limit = int(row.get("resident_tokens") or 0) if status in ORDERLY else None
+        return Failure(rank, status, limit)
+
+
+@dataclass
+class RankEnd:
+    """What is known of one rank: its records, its rows, how far it came and how it ended."""
+
+    rank: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    steps: int = 0
+    waiting: bool = False
+    code: int | None = None
+    log: str = ""
+
+    def advance(self, record: dict[str, Any]) -> None:
+        """It came to another stage; a rank that joined one waits for the others."""
+        self.waiting = record["type"] == "join"
+        self.steps += 1
+
+
+def least_advanced(ends: Iterable[RankEnd]) -> int | None:
+    """The rank that the others wait for; None when none is behind."""
+    ordered = sorted(ends, key=lambda e: (e.steps, e.waiting, e.rank))
+    keys = {(e.steps, e.waiting) for e in ordered}
+    return ordered[0].rank if len(keys) > 1 or len(ordered) == 1 else None
+
+
+def outcome_of(job: Job, ends: list[RankEnd], failure: Failure | None, seconds: float) -> Outcome:
+    """Rows of every rank, settled among them; timeline and samples with their rank."""
+    rows: list[Row] = []
+    for cell in job.cells:
+        own = [_row_of(job, cell, end, failure, seconds) for end in ends]
+        rows += settle(own, failure)
+    timeline = [
+        r["row"] | {"rank": e.rank} for e in ends for r in e.records if r["type"] == "timeline"
+    ]
+    samples = [
+        {k: v for k, v in r.items() if k != "type"} | {"rank": e.rank}
+        for e in ends
+        for r in e.records
+        if r["type"] == "sample"
+    ]
+    return Outcome(rows, timeline, samples, "\n".join(e.log for e in ends if e.log))
+
+
+def _row_of(job: Job, cell: Cell, end: RankEnd, failure: Failure | None, seconds: float) -> Row:
+    """A rank's row of a cell: its own, or what can be said of a rank that left none."""
+    for row in end.rows:
+        if row["trial_id"] == cell.trial_id:
+            return row
+    extra = job.extra | {"rank": end.rank}
+    last: Row = next((r["row"] for r in reversed(end.records) if r["type"] == "timeline"), {})
+    own = failure is not None and failure.rank == end.rank
+    if failure is not None and failure.status == "timeout":
+        ended = how_it_ended(job, 0, True, end.records, end.log) if own else {}
+    elif own or failure is None or _died_by_itself(end):
+        ended = how_it_ended(job, end.code or 0, False, end.records, end.log)
+    else:
+        ended = {}
+    return unfinished(cell, extra, ended or {"status": ENDED_BY_PEER}, last, seconds)
+
+
+def _died_by_itself(end: RankEnd) -> bool:
+    """Whether a rank that was not the first to fail failed too, not by our kill."""
+    return end.code not in (0, None, -9)
+
+
+def settle(rows: list[Row], failure: Failure | None) -> list[Row]:
+    """One trial's rows by rank: every one says how the trial ended, and which rank ended it.
+
+    A rank that failed keeps its own status and figures; the others get the status of the one that
+    ended the trial, without its figures. Of several that ran out of memory while growing, the one
+    that holds the least ended it.
+    """
+    failed = [r for r in rows if r["status"] not in ("ok", ENDED_BY_PEER)]
+    if not failed and not any(r["status"] == ENDED_BY_PEER for r in rows):
+        return rows
+    cause = _cause(failed, failure)
+    if cause is None:
+        return [r | {"status": "timeout", "error": "every rank hangs, none behind"} for r in rows]
+    held = [int(r["resident_tokens"] or 0) for r in rows]
+    out = []
+    for row in rows:
+        row = row | {"failed_rank": cause["rank"]}
+        if row["status"] in ("ok", ENDED_BY_PEER):
+            row |= _shared(cause)
+        if row["status"] in ORDERLY:
+            row["resident_tokens_all_ranks"] = min(held) * int(row["context_ranks"])
+        out.append(row)
+    return out
+
+
+def _cause(failed: list[Row], failure: Failure | None) -> Row | None:
+    """The row of the rank that ended the trial."""
+    if failure is not None and failure.limit is None:
+        first = [r for r in failed if r["rank"] == failure.rank]
+        if first or failure.rank is None:
+            return first[0] if first else None
+    return min(failed, key=_place_of_failure, default=None)
+
+
+def _place_of_failure(row: Row) -> tuple[int, int, int]:
+    """What failed first: by phase, then by tokens held, then by rank."""
+    phase = row.get("oom_phase")
+    at = PHASES.index(phase) if phase in PHASES else len(PHASES)
+    return at, int(row.get("resident_tokens") or 0), int(row["rank"])
+
+
+def _shared(cause: Row) -> Row:
+    """What a rank's row says when another ended the trial."""
+    where = "/".join(str(cause[k]) for k in ("oom_phase", "oom_allocation") if cause.get(k))
+    how = " ".join(str(cause[k]) for k in ("status", "signal") if cause.get(k))
+    keep = ("status", "oom_phase", "oom_allocation")
+    shared = {k: cause.get(k) for k in keep}
+    if cause["status"] in ORDERLY:
+        shared["resident_limited_by"] = cause.get("resident_limited_by")
+    return shared | {
+        "error": f"ended by rank {cause['rank']}: {how}" + (f" in {where}" if where else "")
+    }
