@@ -51,6 +51,8 @@ class DecodeConfig:
         2 to 4 stages give two K/V buffers, and 5 gives three.
     programs_per_sm : int
         Programs that fit an SM at once; the grid is one wave of them.
+    blocks_ahead : int
+        Blocks that a program asks L2 for before the kernel before it has ended.
     segment_cost_blocks : float
         What starting and ending a run of blocks costs, in blocks, when work is cut into shares.
     """
@@ -61,26 +63,31 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    blocks_ahead: int = 0
     segment_cost_blocks: float = 1.0
 
 
-# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm
+# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm with N = 16 and with N = 32
 _TMA = {
-    (64, "fp8_e4m3"): (128, 5, 3),
-    (128, "fp8_e4m3"): (128, 5, 2),
-    (256, "fp8_e4m3"): (64, 5, 2),
-    (64, "bf16"): (128, 5, 2),
-    (128, "bf16"): (64, 5, 2),
-    (256, "bf16"): (64, 5, 1),
+    (64, "fp8_e4m3"): (128, 5, 4, 3),
+    (128, "fp8_e4m3"): (128, 5, 2, 2),
+    (256, "fp8_e4m3"): (64, 5, 2, 2),
+    (64, "bf16"): (128, 5, 2, 2),
+    (128, "bf16"): (64, 5, 2, 2),
+    (256, "bf16"): (64, 5, 1, 1),
 }
 _POINTER = {
-    (64, "fp8_e4m3"): (128, 4, 3),
-    (128, "fp8_e4m3"): (128, 4, 2),
-    (256, "fp8_e4m3"): (64, 4, 2),
-    (64, "bf16"): (128, 4, 2),
-    (128, "bf16"): (64, 4, 2),
-    (256, "bf16"): (64, 4, 1),
+    (64, "fp8_e4m3"): (128, 4, 3, 3),
+    (128, "fp8_e4m3"): (128, 4, 2, 2),
+    (256, "fp8_e4m3"): (64, 4, 2, 2),
+    (64, "bf16"): (128, 4, 2, 2),
+    (128, "bf16"): (64, 4, 2, 2),
+    (256, "bf16"): (64, 4, 1, 1),
 }
+# Short contexts end before a deep pipeline fills: more programs with fewer buffers start sooner.
+_TMA_SHORT = {(128, "fp8_e4m3"): (128, 3, 3, 2)}
+SHORT_TOKENS = 1 << 19
+BLOCKS_AHEAD = 2  # per program: 17 MB of an H200's 60 MB L2
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
 HEAD_DIMS = (64, 128, 256)
 
@@ -143,7 +150,7 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     ----------
     geometry : Geometry
     context_tokens : int
-        Tokens of all sequences together; the choice is the same for every length today.
+        Tokens of all sequences together.
 
     Raises
     ------
@@ -152,21 +159,30 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     """
     check_geometry(geometry)
     tma = geometry.page_tokens == PAGE_TOKENS
-    table = _TMA if tma else _POINTER
-    block, stages, programs = table[geometry.head_dim, geometry.kv_dtype]
+    shape = geometry.head_dim, geometry.kv_dtype
+    chosen = (_TMA if tma else _POINTER)[shape]
+    if tma and context_tokens * geometry.kv_heads <= SHORT_TOKENS:
+        chosen = _TMA_SHORT.get(shape, chosen)
+    n = padded_group(geometry.group)
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
-        n=padded_group(geometry.group),
-        block_tokens=block,
+        n=n,
+        block_tokens=chosen[0],
         num_warps=4,
-        num_stages=stages,
-        programs_per_sm=programs,
+        num_stages=chosen[1],
+        programs_per_sm=chosen[2] if n == 16 else chosen[3],
+        blocks_ahead=BLOCKS_AHEAD if tma else 0,
     )
+
+
+def _of_any_length(geometry: Geometry) -> tuple[DecodeConfig, ...]:
+    short, long = decode_config(geometry, 0), decode_config(geometry, 1 << 40)
+    return (short,) if short == long else (short, long)
 
 
 def decode_partials(geometry: Geometry, sm_count: int) -> int:
     """Most partial results of a decode step: a program leaves at most two pieces of a sequence."""
-    return 2 * sm_count * decode_config(geometry).programs_per_sm
+    return 2 * sm_count * max(c.programs_per_sm for c in _of_any_length(geometry))
 
 
 def decode_scratch_bytes(geometry: Geometry, sequences: int, sm_count: int) -> int:
@@ -192,5 +208,5 @@ def all_decode_configs() -> list[tuple[Geometry, DecodeConfig]]:
             for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
                 for group in (5, 20):
                     geometry = Geometry(2, 2, 2 * group, head_dim, kv_dtype, page)
-                    found.append((geometry, decode_config(geometry)))
+                    found += [(geometry, config) for config in _of_any_length(geometry)]
     return found

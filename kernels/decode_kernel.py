@@ -95,9 +95,55 @@ def accumulate(acc, rescale, p, v, FP8: tl.constexpr, WIDE: tl.constexpr):
     return acc
 
 
+@triton.jit
+def fetch_ahead(
+    arena: tl.int64,
+    table,
+    page_elements: tl.int64,
+    tile,
+    t0,
+    t1,
+    KV_HEADS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ITEMSIZE: tl.constexpr,
+):
+    """Ask the L2 cache for a program's first blocks while the kernel before is still at work.
+
+    Only a hint, so it need not wait for what that kernel writes: the page number is read past the
+    L1 cache, and everything is read again, by the loads that count, after the wait.
+    """
+    LINES: tl.constexpr = BLOCK * D * ITEMSIZE // 128
+    WIDE: tl.constexpr = BLOCK * ITEMSIZE // 128 if BLOCK * ITEMSIZE > 128 else 1
+    for j in tl.static_range(AHEAD):
+        t = t0 + j
+        if t < t1:
+            page = tl.load(table + t // (128 // BLOCK), cache_modifier=".cg").to(tl.int64)
+            part = t % (128 // BLOCK) * BLOCK
+            k = arena + (page * page_elements + tile.to(tl.int64) * 128 * D) * ITEMSIZE
+            v = k + (KV_HEADS * 128 * D + part) * ITEMSIZE
+            fetch_lines(k + part * D * ITEMSIZE + tl.arange(0, LINES) * 128)
+            for line in tl.static_range(WIDE):
+                fetch_lines(v + tl.arange(0, D) * (128 * ITEMSIZE) + line * 128)
+
+
+@triton.jit
+def fetch_lines(address):
+    """Bring the lines at these addresses to L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
 @triton.jit(
     do_not_specialize=["layer", "table_stride", "page_shift"],
-    do_not_specialize_on_alignment=["page_table", "segments", "shares", "lse", "partial_lse"],
+    do_not_specialize_on_alignment=["page_table", "lse", "partial_lse"],
 )
 def decode_kernel(
     q,
@@ -109,8 +155,7 @@ def decode_kernel(
     page_tokens,
     page_shift,
     page_elements: tl.int64,
-    segments,
-    shares,
+    records,
     out,
     lse,
     partial_out,
@@ -127,30 +172,41 @@ def decode_kernel(
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     PDL: tl.constexpr,
     WIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """A program's share of segments; see :class:`kernels.decode_plan.Cut` for their numbers."""
+    """A program's share of segments; see :func:`kernels.decode_plan.records` for their numbers."""
     FP8: tl.constexpr = tl.float8e4nv == DTYPE
     PER_PAGE: tl.constexpr = 128 // BLOCK
     n = tl.arange(0, N)
     d = tl.arange(0, D)
-    begin = tl.load(shares + tl.program_id(0))
-    stop = tl.load(shares + tl.program_id(0) + 1)
+    program = tl.program_id(0)
+    own = records + program * 8
+    count = tl.load(own + 6)
+    rest = tl.load(own + 7)
     if PDL:
         gdc_launch_dependents()
+        if AHEAD > 0:
+            unit = tl.load(own)
+            fetch_ahead(
+                arena, page_table + unit // KV_HEADS * table_stride.to(tl.int64), page_elements,
+                layer * 2 * KV_HEADS + unit % KV_HEADS, tl.load(own + 1), tl.load(own + 2),
+                KV_HEADS, D, BLOCK, AHEAD, 1 if FP8 else 2,
+            )  # fmt: skip
         gdc_wait()
-    for i in tl.range(begin, stop, disable_licm=True):
-        segment = segments + i * 8
-        row = tl.load(segment)
-        head = tl.load(segment + 1)
-        t0 = tl.load(segment + 2)
-        t1 = tl.load(segment + 3)
-        first = tl.load(segment + 4)
-        end = tl.load(segment + 5)
-        slot = tl.load(segment + 6)
-        q_at = (row * KV_HEADS + head) * G
+    for i in tl.range(0, count, disable_licm=True):
+        segment = records + tl.where(i == 0, program, rest + i - 1) * 8
+        unit = tl.load(segment)
+        t0 = tl.load(segment + 1)
+        t1 = tl.load(segment + 2)
+        first = tl.load(segment + 3)
+        end = tl.load(segment + 4)
+        slot = tl.load(segment + 5)
+        row = unit // KV_HEADS
+        head = unit % KV_HEADS
+        q_at = unit * G
         qt = tl.load(q + (q_at + n)[None, :] * D + d[:, None], mask=n[None, :] < G, other=0.0)
         if WIDE:
             qt = qt.to(tl.float32)

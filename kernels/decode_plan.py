@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from kernels.view import DTYPE_BYTES, Geometry, View
 if TYPE_CHECKING:
     import torch
 
-SEGMENT_INTS = 8
+RECORD_INTS = 8
 MERGE_INTS = 4
 MAX_TOKENS = 2**31 - 1024
 DIRECT = -1  # a segment that is a whole (sequence, KV head) writes the output itself
@@ -47,7 +48,7 @@ class Unit:
 class Cut:
     """Work that has been cut.
 
-    ``segments`` are ``[row, head, first block, end block, first token, end token, slot, 0]``,
+    ``segments`` are ``[row, head, first block, end block, first token, end token, slot]``,
     program p has segments ``shares[p]`` to ``shares[p + 1]``, and ``merges`` are
     ``[row, head, first slot, pieces]``.
     """
@@ -97,7 +98,7 @@ def _number(cut: Cut, unit: Unit, pieces: int) -> None:
     for index in range(pieces):
         at = len(cut.segments) - pieces + index
         slot = cut.slots + index if split else DIRECT
-        cut.segments[at] = (*cut.segments[at], slot, 0)
+        cut.segments[at] = (*cut.segments[at], slot)
     if split:
         cut.merges.append((unit.row, unit.head, cut.slots, pieces))
         cut.slots += pieces
@@ -131,6 +132,22 @@ def cut_work(units: list[Unit], programs: int, config: DecodeConfig) -> Cut:
     return best
 
 
+def records(cut: Cut, kv_heads: int) -> list[tuple[int, ...]]:
+    """What the kernel reads: a program's first segment at its own number, the others behind.
+
+    ``[row * kv_heads + head, first block, end block, first token, end token, slot, segments of the
+    program, record of its second]``: one load tells a program where its first tokens are.
+    """
+    programs = len(cut.shares) - 1
+    first: list[tuple[int, ...]] = []
+    rest: list[tuple[int, ...]] = []
+    for lo, hi in pairwise(cut.shares):
+        rows = [(row * kv_heads + head, *where) for row, head, *where in cut.segments[lo:hi]]
+        first.append((*rows[0], hi - lo, programs + len(rest)))
+        rest += [(*row, 0, 0) for row in rows[1:]]
+    return first + rest
+
+
 @dataclass
 class DecodePlan:
     """One decode step of a batch, planned; it serves every layer and any CUDA graph.
@@ -145,8 +162,7 @@ class DecodePlan:
     sequences: int
     programs: int
     cut: Cut = field(repr=False)
-    segments: torch.Tensor = field(repr=False)
-    shares: torch.Tensor = field(repr=False)
+    records: torch.Tensor = field(repr=False)
     merges: torch.Tensor = field(repr=False)
     partial_out: torch.Tensor = field(repr=False)
     partial_lse: torch.Tensor = field(repr=False)
@@ -244,8 +260,7 @@ def plan_decode(
         sequences=view.sequences,
         programs=len(cut.shares) - 1,
         cut=cut,
-        segments=table(cut.segments, SEGMENT_INTS),
-        shares=table(cut.shares, 1),
+        records=table(records(cut, g.kv_heads), RECORD_INTS),
         merges=table(cut.merges, MERGE_INTS),
         partial_out=out,
         partial_lse=lse,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 INTERPRETED = triton.knobs.runtime.interpret
 WIDTH = 32  # elements of D a program merges: many small programs, each with all loads in flight
-PIECES = ((16, 4), (128, 4), (512, 8))  # partials held at once, and warps
+PIECES = ((16, 4), (128, 4), (256, 4), (512, 8))  # partials held at once, and warps
 
 
 @triton.jit(
@@ -44,6 +44,8 @@ def merge_kernel(
 ):
     """One output row (a query head of a sequence) and ``WIDTH`` of its elements."""
     r = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
     if TABLE:  # row r of the output is head r % G of merge r // G; partials are [slot, G, D]
         unit = merges + r // G * 4
         at = tl.load(unit) * q_heads + tl.load(unit + 1) * G + r % G
@@ -55,7 +57,6 @@ def merge_kernel(
         begin = r
         step = rows
     if PDL:
-        gdc_launch_dependents()
         gdc_wait()
     p = tl.arange(0, P)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
