@@ -117,7 +117,8 @@ def _plan(
     # Start-up at few contexts and many fractions or flags is no curve of memory against context.
     curves = rows[~own_question & ((~engine & whole) | ~rows["experiment"].eq("claims"))]
     fractions = rows[rows["strategy"].eq("static") & rows["mem_fraction"].notna()]
-    several = fractions["mem_fraction"].nunique() > 1
+    asked = fractions.groupby(["model", "context_tokens"])["mem_fraction"].transform("nunique")
+    fractions = fractions[asked > 1]
     ranks = rows[["world_size", "emulated_ranks"]].drop_duplicates()
     waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
     return [
@@ -125,7 +126,7 @@ def _plan(
         ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),
         ("memory_over_phases", not curves.empty, lambda: figure_phases(curves, events)),
         ("throughput", have(rows[~own_question], *RATES), lambda: figure_throughput(rows)),
-        ("mem_fraction", several, lambda: figure_mem_fraction(fractions)),
+        ("mem_fraction", not fractions.empty, lambda: figure_mem_fraction(fractions)),
         ("waste", have(waste, "live_share"), lambda: figure_waste(waste)),
         ("fragmentation", not churn.empty, lambda: figure_fragmentation(churn, events)),
         ("granularity", not of("granularity").empty, lambda: figure_granularity(of("granularity"))),

@@ -16,6 +16,26 @@ from harness.sizes import GIB
 from harness.tabular import percent, tokens
 
 PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode", "prefill")
+# What the rows that one process writes have in common.
+PROCESS = (
+    "strategy",
+    "model",
+    "strategy_options",
+    "context_tokens",
+    "repeat",
+    "purpose",
+    "rank",
+    "workload",
+    "sequences",
+    "kv_dtype",
+    "page_tokens",
+    "chunk_bytes",
+    "arena",
+    "table_order",
+    "world_size",
+    "emulated_ranks",
+    "capacity_bytes",
+)
 COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
     p: p for p in ("context", "nccl", "weights", "tables", "workspace")
 }
@@ -35,9 +55,9 @@ def figure_phases(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     matplotlib.figure.Figure
         One panel a strategy and model. What a failed phase asked for is hatched.
     """
-    chosen = top_trials(rows, frame_timeline(timeline))
+    events = whole_ledgers(frame(rows), frame_timeline(timeline))
+    chosen = top_trials(rows, events)
     figure = style.new_figure(0.6 + 1.45 * len(chosen), len(chosen), sharex=True, sharey=True)
-    events = frame_timeline(timeline)
     stacks = [stack_of(row, events) for _, row in chosen]
     seen = {p for stack in stacks for p in stack.index}
     seen |= {r["oom_phase"] for _, r in chosen if r["oom_phase"] and seen - {"end"}}
@@ -77,6 +97,26 @@ def top_trials(rows: pd.DataFrame, timeline: pd.DataFrame) -> list[tuple[str, pd
 def frame_timeline(timeline: pd.DataFrame) -> pd.DataFrame:
     """Return ledger events in their kinds."""
     return frame(timeline, TIMELINE_COLUMNS)
+
+
+def whole_ledgers(rows: pd.DataFrame, timeline: pd.DataFrame) -> pd.DataFrame:
+    """Return the events with each trial's start-up before them.
+
+    A process that fills through several lengths writes a row at each, and its start-up's events
+    under the first of them; to the later rows they belong as well.
+    """
+    started = set(timeline.loc[timeline["phase"] == "context", "trial_id"])
+    by_trial = dict(list(timeline.groupby("trial_id", sort=False)))
+    out: list[pd.DataFrame] = []
+    for _, group in rows.groupby(list(PROCESS), dropna=False, sort=False):
+        before: list[pd.DataFrame] = []
+        for trial in dict.fromkeys(group.sort_values("fill", kind="stable")["trial_id"]):
+            own = [by_trial[trial]] if trial in by_trial else []
+            if trial in started:
+                before = []
+            out += [one.assign(trial_id=trial) for one in before] + own
+            before = before + own
+    return pd.concat(out) if out else timeline
 
 
 def ledger_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
@@ -162,9 +202,7 @@ def _phase_bars(
         if row["status"] == "ok"
         else f": {style.ENDS.get(row['status'], ('', row['status']))[1]}"
     )
-    axes.set_title(
-        style.plain(f"{label}, context {tokens(row['context_tokens'])}{fill}{end}"), loc="left"
-    )
+    axes.set_title(style.plain(f"{label}, {tokens(row['context_tokens'])}{fill}{end}"), loc="left")
     axes.set_ylabel("GiB held at its end")
     axes.grid(axis="x", visible=False)
 

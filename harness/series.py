@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.columns import COLUMNS
 from harness.runs import clean, frame, trials
+from harness.tabular import tokens
 
 # What may tell two curves of one strategy apart, in the order in which it is named.
 VARIATIONS = (
@@ -146,6 +147,8 @@ def named(column: str, value: object) -> str:
         return ""
     if isinstance(value, float):
         value = f"{value:g}"
+    if column == "context_tokens":
+        return f"context {tokens(float(str(value)))}"
     if column == "fill":
         return f"filled to {100 * float(str(value)):g} %"
     if value == "True":

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ParamSpec
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ ENDS = {
 RC = {
     "font.family": "DejaVu Sans",
     "font.size": 7.5,
-    "axes.titlesize": 8,
+    "axes.titlesize": 7.5,
     "axes.labelsize": 7.5,
     "legend.fontsize": 6.5,
     "xtick.labelsize": 7,
@@ -114,6 +115,9 @@ def new_figure(height_inches: float, rows: int = 1, columns: int = 1, **kwargs: 
 def token_axis(axes: Axes, label: str) -> None:
     """Make x a log axis of tokens, labelled in powers of ten."""
     axes.set_xscale("log")
+    low, high = axes.get_xlim()
+    if high < 10 * low:  # one label alone is no scale
+        axes.set_xlim(10 ** np.floor(np.log10(low)) * 0.9, high)
     axes.xaxis.set_major_locator(LogLocator(10, numticks=20))
     axes.xaxis.set_major_formatter(LogFormatterMathtext(10))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -215,7 +215,9 @@ def verdicts(summary: dict[str, Any]) -> Table:
 
 def _with_unit(claim: dict[str, Any]) -> str:
     text, unit = value(lookup(claim, "measured")), clean(lookup(claim, "unit", default=""))
-    return text if text == EMPTY or not unit else f"{text} {unit}"
+    if text == EMPTY or not unit:
+        return text
+    return f"{text} ({unit})" if " " in unit else f"{text} {unit}"
 
 
 def planner(rows: pd.DataFrame) -> Table:

@@ -6,9 +6,10 @@ import pandas as pd
 import pytest
 
 from harness import style
+from harness.columns import TIMELINE_COLUMNS
 from harness.plots import TITLES, draw_run, figures
 from harness.plots_memory import figure_memory
-from harness.plots_phases import figure_phases, stack_of
+from harness.plots_phases import figure_phases, stack_of, whole_ledgers
 from harness.plots_throughput import figure_throughput
 from harness.runs import RunError, frame
 from harness.series import series
@@ -187,3 +188,21 @@ def test_an_unwritable_figures_folder_is_one_clear_line(tmp_path):
     rows = [cell("paged", 1_000_000, 1.0)]
     with pytest.raises(RunError, match="link"):
         draw_run(tmp_path, frame(rows), timeline(rows), {})
+
+
+def test_the_start_of_a_process_belongs_to_every_length_that_it_fills_to():
+    rows = [cell("paged", 1_000_000, fill) for fill in (0.1, 1.0)]
+    start, more = events(rows[0]), events(rows[1])[-1]
+    grown = rows[1]["kv_committed_bytes"] - rows[0]["kv_committed_bytes"]
+    ledger = frame([*start, more | {"event_bytes": grown}], TIMELINE_COLUMNS)
+    whole = whole_ledgers(frame(rows), ledger)
+    first, second = (stack_of(frame(rows).iloc[n], whole) for n in (0, 1))
+    assert first.loc["fill", "KV"] == rows[0]["kv_committed_bytes"]
+    assert second.loc["fill", "KV"] == rows[1]["kv_committed_bytes"]
+    assert second.loc["workspace", "weights"] == rows[1]["weights_bytes"]
+
+
+def test_a_sweep_within_a_decade_still_has_a_scale():
+    figure = figure_memory(frame([cell("paged", n, 1.0) for n in (2_000_000, 5_000_000)]))
+    low, high = figure.axes[0].get_xlim()
+    assert low < 1_000_000 and high > 5_000_000
