@@ -43,7 +43,14 @@ EXTRA = (
     # Several ranks: `resident_tokens` is the rank's own share of what all of them hold together;
     # a decode step with its collectives, and these alone; who ended the trial.
     "parallel context_ranks resident_tokens_all_ranks parallel_decode_step_ms collective_ms "
-    "collective_bytes merged_gate_error failed_rank"
+    "collective_bytes merged_gate_error failed_rank "
+    # Which of an experiment's arms a row belongs to. Many sequences: bytes and shares are means
+    # while a request waited for memory; `sequences_admitted` is how many then ran at once; tokens
+    # are those of finished requests; the end is when every sequence is closed again.
+    "arm trace_file trace_requests trace_input_tokens trace_output_tokens prefix_hashes "
+    "prefix_hashes_repeated workload_steps admission_limited_share peak_sequences "
+    "refused_while_free largest_admissible_tokens admissible_of_free admissible_of_free_min "
+    "kv_end_committed_bytes pinned_host_bytes decode_while_growing_ms"
 ).split()
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
@@ -75,7 +82,7 @@ _TEXT = frozenset(
         "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
         "purpose strategy_options growth release kv_scales prefill_kernel_variant "
         "predicted_status read_weights predicted_off_by unexplained_phase fault error "
-        "started_utc phase allocation admitted parallel"
+        "started_utc phase allocation admitted parallel arm trace_file"
     ).split()
 )
 

@@ -18,6 +18,12 @@ STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
 EVENTS_PER_FILL = 100
 
 
+def uncounted_bytes(strategy: Strategy, ledger: Ledger) -> int:
+    """Committed K/V bytes that the ledger has not been told of yet; negative when given back."""
+    held = sum(n for (_, a), n in ledger.bytes.items() if a.startswith("kv_"))
+    return strategy.footprint().committed_bytes - held
+
+
 @dataclass
 class Filler:
     """Fills sequences one after another to a target, or until the strategy refuses.
@@ -85,10 +91,9 @@ class Filler:
 
     def _report(self) -> None:
         """One ledger event for what was committed since the last one."""
-        committed = self.strategy.footprint().committed_bytes
-        held = sum(n for (_, a), n in self.ledger.bytes.items() if a.startswith("kv_"))
-        if committed != held:
-            self.ledger.event("fill", "kv_pages", committed - held, self._pending_seconds)
+        nbytes = uncounted_bytes(self.strategy, self.ledger)
+        if nbytes:
+            self.ledger.event("fill", "kv_pages", nbytes, self._pending_seconds)
             self._pending_seconds = 0.0
 
     def _write(self, sequence: int, lo: int, hi: int) -> None:

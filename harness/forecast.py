@@ -11,6 +11,8 @@ import functools
 import re
 
 from harness.cell import Cell
+from harness.lengths import filled_tokens
+from harness.offload import device_weights
 from harness.options import engine_model
 from harness.planner import OomPoints, Prediction, oom_points, predict
 from harness.planner_engines import ENGINES
@@ -50,7 +52,7 @@ def plan_spec(
         capacity_bytes=settings.device_bytes,
         context_bytes=-(-hardware.context_bytes // scale),
         nccl_bytes=-(-settings.parallel.nccl_bytes // scale),
-        weights_bytes=-(-settings.model.weights_bytes // scale),
+        weights_bytes=device_weights(settings)[1],
         workspace_items=tuple((n, -(-b // scale)) for n, b in workspace_items(settings)),
         scale=scale,
         device_total_bytes=hardware.total_bytes,
@@ -60,8 +62,12 @@ def plan_spec(
 
 
 def predict_cell(cell: Cell) -> Prediction:
-    """How a cell's trial would go; ``bracket`` cells are not filled."""
-    fill = 0.0 if cell.purpose == "bracket" else cell.fill
+    """How a cell's trial would go; ``bracket`` cells are not filled, nor are traces foreseen."""
+    settings, fill = cell.settings, cell.fill
+    if cell.purpose == "bracket" or settings.accounts_only:
+        fill = 0.0
+    elif settings.workload["kind"] == "batch":  # as if all were of their mean length
+        fill = filled_tokens(cell) / (cell.context_tokens * settings.sequences)
     return predict(plan_spec(cell.settings, cell.context_tokens, fill, cell.context_index))
 
 
@@ -103,6 +109,9 @@ def with_prediction(row: Row, cell: Cell) -> Row:
         "predicted_peak_bytes": made.predicted_peak_bytes,
         "predicted_status": made.outcome,
     }
+    if cell.settings.accounts_only and cell.settings.strategy == "paged":
+        row |= {"predicted_kv_bytes": None, "predicted_peak_bytes": None}
+        made = dataclasses.replace(made, predicted_kv_bytes=row.get("kv_committed_bytes") or 0)
     if row["status"] not in ENDED or row.get("peak_device_bytes") is None:
         return row
     named = _deviations(row, made)

@@ -61,6 +61,7 @@ def identity(cell: Cell, extra: Row) -> Row:
         "growth": options.get("growth"),
         "release": options.get("release"),
         "kv_scales": "static 1.0 per KV head",
+        "arm": s.arm or None,
         "fault": None if s.fault["kind"] == "none" else "{kind} in {phase}".format_map(s.fault),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
     } | extra

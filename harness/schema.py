@@ -37,6 +37,7 @@ class PagedConf(StrategyConf):
     ahead_chunks: int = 4
     release: str = "immediate"
     low_water: Any = "1GiB"
+    page_policy: str = "lowest"
 
 
 @dataclass
@@ -125,7 +126,8 @@ class WorkloadConf:
     kind: str = "fill"  # fill | batch | trace | churn
     sequences: int = 1
     path: Any = None
-    rate: Any = "max"
+    rate: Any = "max"  # max | recorded | requests a second
+    step_ms: float = 25.0  # what a step of the virtual clock stands for
     requests: Any = None
     min_tokens: Any = "1Ki"
     max_tokens: Any = "256Ki"
@@ -153,6 +155,7 @@ class ExperimentConf:
     """Arms of one question; each arm is a list of overrides on top of the command line's."""
 
     name: str = "sweep"
+    arm: str = ""  # what an arm is called, where its overrides do not say it
     question: str = ""
     arms: Any = None
     matrix: Any = None

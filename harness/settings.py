@@ -20,11 +20,12 @@ from harness.model_spec import ModelSpec, model_spec, scaled
 from harness.parallel import Parallel, parallel_of
 from harness.ranks import all_tokens, share_tokens
 from harness.sizes import BadValue, parse_bytes, parse_tokens
+from harness.workload_keys import ACCOUNTED, ACCOUNTED_PAGE_TOKENS, workload_keys
 from strategies.model import KVModel
 
 FAULTS = ("none segfault hang kill exception hidden_allocation host_oom kill_harness").split()
 FAULT_PHASES = ("context", "weights", "tables", "pool", "workspace", "fill", "decode")
-PAGE_TOKENS = (16, 32, 64, 128)
+PAGE_TOKENS = (16, 32, 64, 128)  # of the kernels
 # Keys of a strategy that are sizes of the modelled device, typed as text.
 _BYTE_OPTIONS = ("low_water", "kv_cache_memory_bytes")
 
@@ -71,6 +72,7 @@ class Settings:
     claims_from: tuple[str, ...]
     results: str
     overrides: tuple[str, ...] = ()
+    arm: str = ""
 
     @property
     def on_host(self) -> bool:
@@ -81,6 +83,11 @@ class Settings:
     def scale(self) -> int:
         """Modelled bytes per byte that is really held: 1 on a GPU."""
         return self.model.scale(self.parallel.tp) if self.on_host else 1
+
+    @property
+    def accounts_only(self) -> bool:
+        """Whether tokens are accounted, neither written nor read by a kernel."""
+        return self.workload["kind"] in ACCOUNTED
 
     @property
     def basis(self) -> str:
@@ -140,9 +147,8 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     parallel = parallel_of(conf.parallel, on_host, hardware.index, planning)
     context = parse_tokens(_scalar(conf.context, "context"))
     model = model_spec(conf.model, parallel.tp)
-    if conf.workload.kind not in ("fill", "batch", "trace", "churn"):
-        raise BadValue("workload.kind", conf.workload.kind, "fill, batch, trace, churn")
-    _range("workload.sequences", conf.workload.sequences, 1, 65536)
+    workload = workload_keys(conf.workload)
+    accounted = workload["kind"] in ACCOUNTED
     _range("seed", conf.seed, 0, 2**32 - 1)
     for key, top in (("bracket_repeats", 10), ("repeats", 100)):
         _range(f"sweep.{key}", conf.sweep[key], 1, top)
@@ -156,16 +162,16 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         options=_strategy_options(conf.strategy),
         model=model,
         hardware=hardware,
-        workload=_plain(conf.workload),
+        workload=workload,
         parallel=parallel,
-        trial=_trial(conf.trial, on_host),
+        trial=_trial(conf.trial, on_host, accounted),
         context_tokens=context,
-        contexts=_contexts(conf.sweep, context),
-        fills=_fills(conf.fill),
-        sequences=int(conf.workload.sequences),
-        brackets=bool(conf.sweep.brackets),
+        contexts=(context,) if accounted else _contexts(conf.sweep, context),
+        fills=(1.0,) if accounted else _fills(conf.fill),
+        sequences=int(workload["sequences"]),
+        brackets=bool(conf.sweep.brackets) and not accounted,
         bracket_repeats=int(conf.sweep.bracket_repeats),
-        capacity=bool(conf.sweep.capacity),
+        capacity=bool(conf.sweep.capacity) and not accounted,
         repeats=int(conf.sweep.repeats),
         one_process=bool(conf.sweep.one_process),
         seed=int(conf.seed),
@@ -173,7 +179,12 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         claims_from=earlier,
         results=str(conf.results),
         overrides=tuple(overrides),
+        arm=_name("experiment.arm", conf.experiment.arm) if conf.experiment.arm else "",
     )
+    if accounted and (parallel.processes > 1 or parallel.context_ranks > 1):
+        allowed = "with one process and parallel.context_ranks=1"
+        raise BadValue("workload", workload["name"], allowed)
+    _check_weights(made)
     step = parallel.context_ranks * made.trial.page_tokens
     if model.hybrid and model.window_tokens % step:
         raise BadValue(
@@ -184,6 +195,18 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     if made.device_bytes < 1:
         raise BadValue("hardware.capacity", conf.hardware.capacity, f"at least {made.scale} bytes")
     return made
+
+
+def _check_weights(made: Settings) -> None:
+    """Whether every layer has weights to read, when a step is to read them."""
+    kind = made.trial.read_weights
+    if kind == "none":
+        return
+    if made.strategy in ("sglang", "vllm"):
+        raise BadValue("trial.read_weights", kind, f"none with strategy={made.strategy}: not timed")
+    least = made.model.layers * made.scale * 512
+    if made.model.weights_bytes < least:
+        raise BadValue("trial.read_weights", kind, f"none with weights below {least} bytes")
 
 
 def _name(key: str, value: object) -> str:
@@ -228,6 +251,7 @@ def _strategy_options(conf: DictConfig) -> dict[str, Any]:
         ("slot_policy", ("max", "pow2", "exact")),
         ("growth", ("sync", "ahead")),
         ("release", ("immediate", "deferred")),
+        ("page_policy", ("lowest", "committed")),
     ):
         if key in options:
             _choice(f"strategy.{key}", options[key], allowed)
@@ -236,14 +260,15 @@ def _strategy_options(conf: DictConfig) -> dict[str, Any]:
     return options
 
 
-def _trial(conf: DictConfig, on_host: bool) -> TrialOptions:
+def _trial(conf: DictConfig, on_host: bool, accounted: bool) -> TrialOptions:
     _choice(
         "trial.arena", conf.arena, ("auto", "mmap") if on_host else ("auto", "mapped", "malloc")
     )
     _choice("trial.table_order", conf.table_order, ("identity", "shuffled"))
     _choice("trial.read_weights", conf.read_weights, ("none", "device", "offload"))
-    if conf.page_tokens not in PAGE_TOKENS:
-        raise BadValue("trial.page_tokens", conf.page_tokens, "16, 32, 64, 128")
+    pages = ACCOUNTED_PAGE_TOKENS if accounted else PAGE_TOKENS
+    if conf.page_tokens not in pages:
+        raise BadValue("trial.page_tokens", conf.page_tokens, ", ".join(map(str, pages)))
     _range("trial.prefill_histories", conf.prefill_histories, 2, 50)
     _range("trial.max_samples", conf.max_samples, 2, 1000)
     _range("trial.timeout_seconds", conf.timeout_seconds, 0.1, 86400)
@@ -254,7 +279,7 @@ def _trial(conf: DictConfig, on_host: bool) -> TrialOptions:
         chunk = parse_tokens(conf.prefill_chunk_tokens, "trial.prefill_chunk_tokens")
         _range("trial.prefill_chunk_tokens", chunk, 1, 65536)
     return TrialOptions(
-        timing=bool(conf.timing),
+        timing=bool(conf.timing) and not accounted,
         arena=str(conf.arena),
         page_tokens=int(conf.page_tokens),
         chunk_target_bytes=target,

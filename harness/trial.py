@@ -15,11 +15,14 @@ from harness.devices import open_device
 from harness.faults import strike
 from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
+from harness.lengths import filled_tokens, targets
+from harness.offload import device_weights
 from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, connect
 from harness.rows import Row, identity
 from harness.settings import Settings
 from harness.sizes import printable
+from harness.workload import account
 from harness.workspace import Workspace, allocate_workspace
 from strategies.device import Device
 from strategies.errors import OutOfMemory, Refused
@@ -106,13 +109,13 @@ class Trial:
 
     def _start(self) -> None:
         self._phase("context")
-        self.device = open_device(self.settings, self.ledger, self.cells[0].purpose)
+        purpose = "account" if self.settings.accounts_only else self.cells[0].purpose
+        self.device = open_device(self.settings, self.ledger, purpose)
         self.team.stage("nccl")
         timed = any(c.timing for c in self.cells)
         self.group = connect(self.settings, self.team, self.device, self.ledger, timed)
         self._phase("weights")
-        weights = -(-self.settings.model.weights_bytes // self.device.scale)
-        self.weights = self.device.allocate("weights", "weights", weights)
+        self.weights = self.device.allocate("weights", *device_weights(self.settings))
         self._phase("tables")
         self.strategy = self._build()
         self.ledger.strategy = self.strategy
@@ -153,12 +156,16 @@ class Trial:
     @property
     def _writes(self) -> bool:
         """Whether tokens are written through the append kernel."""
-        return self.cells[0].purpose == "point" and self.settings.strategy in TIMED_STRATEGIES
+        return (
+            self.cells[0].purpose == "point"
+            and self.settings.strategy in TIMED_STRATEGIES
+            and not self.settings.accounts_only
+        )
 
     def _filler(self) -> Filler:
         assert self.strategy is not None and self.workspace is not None
         contents = None
-        if self._writes and any(c.target_tokens for c in self.cells):
+        if self._writes and any(map(filled_tokens, self.cells)):
             from harness.synthetic import make_content
 
             contents = [
@@ -167,7 +174,7 @@ class Trial:
             ]
         self.contents = contents
         for sequence in range(self.settings.sequences):
-            if self.cells[0].purpose == "bracket":
+            if self.cells[0].purpose == "bracket" or self.settings.accounts_only:
                 break
             self.strategy.open(sequence, self.cell.local_context_tokens)
         model, check = self.settings.kv_model(), self.team.check
@@ -186,12 +193,14 @@ class Trial:
         if self.cell.purpose == "bracket":
             return ended
         self._phase("fill")
-        for sequence in range(self.settings.sequences):
-            filler.fill(sequence, self.cell.target_tokens)
+        assert self.strategy is not None and self.workspace is not None and self.device is not None
+        if self.settings.accounts_only:
+            return account(self.cell, self.strategy, self.device, self.ledger, self._sample)
+        for sequence, tokens in enumerate(targets(self.cell)):
+            filler.fill(sequence, tokens)
         if self.cell.timing and self._writes and self.cell.every_rank_sees:
             from harness.measure import measure
 
-            assert self.strategy is not None and self.workspace is not None
             assert self.contents is not None
             self._phase("decode")
             ended |= measure(
@@ -256,7 +265,7 @@ class Trial:
     def _tokens_of_all_ranks(self, ended: dict[str, Any]) -> int:
         """Tokens of the sequences, of which this rank holds its share."""
         if ended.get("resident_limited_by") == "target" and self.cell.purpose != "bracket":
-            return self.cell.filled_tokens * self.settings.sequences
+            return filled_tokens(self.cell)
         return self.ledger.resident_tokens * self.settings.parallel.context_ranks
 
     def _memory_columns(self) -> Row:

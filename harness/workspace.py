@@ -6,14 +6,14 @@ The model's own activations are left out: throughput here is attention only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.planner_engines import ENGINES
 from harness.planner_spec import CUDA_GRANULARITY_BYTES, HOST_GRANULARITY_BYTES
 from harness.ranks_group import collective_workspace
 from harness.settings import Settings
-from kernels.view import Geometry
+from kernels.view import PAGE_TOKENS, Geometry
 from strategies.device import Allocation, Device
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
         MODELLED_PREFILL_CHUNK_TOKENS if settings.on_host else settings.trial.prefill_chunk_tokens
     )
     groups = [g.geometry for g in settings.full_model().groups]
+    if settings.accounts_only:  # whose pages may have a size that no kernel reads
+        groups = [replace(g, page_tokens=PAGE_TOKENS) for g in groups]
     g, sequences, sms = groups[0], settings.sequences, settings.hardware.sm_count
     rows = tokens * g.q_heads
     return [
