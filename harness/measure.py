@@ -8,11 +8,13 @@ from typing import Any
 from harness.cell import Cell
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate
 from harness.ledger import Ledger
+from harness.offload import make_reader
 from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, sizes_of
 from harness.synthetic import Content
 from harness.timing import Samples, Stopwatch, prefill_flops
 from harness.workspace import Workspace
+from strategies.device import Allocation
 from strategies.strategy import Strategy
 
 Note = Callable[[str, dict[str, Any]], None]
@@ -27,8 +29,14 @@ def measure(
     note: Note,
     team: Team | None = None,
     group: Collectives | None = None,
+    weights: Allocation | None = None,
 ) -> dict[str, Any]:
     """Columns of speed at the resident length; ``status=invalid`` when the gate fails.
+
+    Parameters
+    ----------
+    weights : Allocation, optional
+        What the weights have on the device, for ``trial.read_weights``.
 
     Raises
     ------
@@ -64,10 +72,17 @@ def measure(
         row |= merged_columns(merged)
         if not all(team.join("merged gate", merged.passed)):
             return row
-    watch = Stopwatch(settings, strategy, workspace)
+    reader = None if weights is None else make_reader(settings, weights.u8)
+    watch = Stopwatch(settings, strategy, workspace, reader)
     decode = watch.decode(sequences)
     note("decode", _raw(decode))
     row |= _decode_columns(strategy, sequences, decode)
+    if reader is not None:
+        wrong = reader.wrong_layer()
+        reader.close()
+        row["pinned_host_bytes"] = reader.pinned_bytes
+        if wrong is not None:
+            return row | {"status": "invalid", "error": f"layer {wrong}: weights of another one"}
     if group is not None:
         from harness.ranks_step import step_columns, time_step
 

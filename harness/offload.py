@@ -9,7 +9,9 @@ too late, shows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,11 +49,25 @@ class WeightReader(Protocol):
     def end(self, layer: int) -> None:
         """The layer is computed: its buffer may be overwritten."""
 
-    def check(self) -> None:
-        """Raise ``RuntimeError`` unless every layer was read as it is."""
+    def wrong_layer(self) -> int | None:
+        """The first layer whose weights were not what was read in its place; None: all were."""
 
     def close(self) -> None:
         """Give host memory back."""
+
+
+@contextmanager
+def read_around(reader: WeightReader | None, layers: Sequence[int]) -> Iterator[None]:
+    """Read the weights of these layers; the block is the rest of the last one's computation."""
+    if reader is None or not layers:
+        yield
+        return
+    for layer in layers[:-1]:
+        reader.begin(layer)
+        reader.end(layer)
+    reader.begin(layers[-1])
+    yield
+    reader.end(layers[-1])
 
 
 def make_reader(settings: Settings, weights: torch.Tensor) -> WeightReader | None:
@@ -97,11 +113,9 @@ class _Reader:
 
         torch.amax(words, dim=0, keepdim=True, out=self.seen[layer : layer + 1])
 
-    def check(self) -> None:
-        """Raise ``RuntimeError`` unless every layer was read as it is."""
-        wrong = [i for i, n in enumerate(self.seen.tolist()) if n != i + 1]
-        if wrong:
-            raise RuntimeError(f"weights of layer {wrong[0]} were not what was read in its place")
+    def wrong_layer(self) -> int | None:
+        """The first layer whose weights were not what was read in its place; None: all were."""
+        return next((i for i, n in enumerate(self.seen.tolist()) if n != i + 1), None)
 
     def close(self) -> None:
         """Give host memory back."""

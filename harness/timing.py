@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from harness.gate import query_dtype
+from harness.offload import WeightReader, read_around
 from harness.settings import Settings
 from harness.workspace import Workspace
 from strategies.strategy import Strategy
@@ -60,10 +61,23 @@ def prefill_flops(q_heads: int, head_dim: int, history: int, chunk: int, first: 
 
 
 class Stopwatch:
-    """Times decode steps and prefill chunks of one trial's strategy, over all groups and layers."""
+    """Times decode steps and prefill chunks of one trial's strategy, over all groups and layers.
 
-    def __init__(self, settings: Settings, strategy: Strategy, workspace: Workspace) -> None:
+    Parameters
+    ----------
+    reader : WeightReader, optional
+        Reads each layer's weights in a decode step, beside its attention.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        strategy: Strategy,
+        workspace: Workspace,
+        reader: WeightReader | None = None,
+    ) -> None:
         self.settings, self.strategy, self.workspace = settings, strategy, workspace
+        self.reader = reader
         self.on_cuda = not settings.on_host
 
     def decode_work(self, sequences: list[int]) -> list[tuple[Any, ...]]:
@@ -84,13 +98,17 @@ class Stopwatch:
         from kernels import ops
 
         work = self.decode_work(sequences)
+        layers = sum(view.geometry.layers for view, *_ in work)
+        weights = [self._weight_layers(i, layers) for i in range(layers)]
 
         def step() -> None:
+            mine = iter(weights)
             for view, q, plan, out, lse in work:
                 for layer in range(view.geometry.layers):
-                    ops.decode(view, layer, q, plan, out, lse)
+                    with read_around(self.reader, next(mine)):
+                        ops.decode(view, layer, q, plan, out, lse)
 
-        if not self.on_cuda:
+        if not self.on_cuda or (self.reader is not None and not self.reader.graph_safe):
             return self._sample(step)
         step()
         torch.cuda.synchronize()
@@ -98,6 +116,11 @@ class Stopwatch:
         with torch.cuda.graph(graph):
             step()
         return self._sample(graph.replay)
+
+    def _weight_layers(self, index: int, layers: int) -> range:
+        """Layers of weights beside one layer of attention, of which the scale model has fewer."""
+        count = self.settings.model.layers
+        return range(index * count // layers, (index + 1) * count // layers)
 
     def prefill(self, sequence: int, history: int, chunk: int) -> Samples:
         """The chunk of queries that follows ``history`` tokens, through every layer."""

@@ -195,9 +195,7 @@ def _lines(
         if len(line) > MAX_LINE_BYTES:
             raise _bad(file, number, f"a line of more than {MAX_LINE_BYTES >> 20} MiB")
         if size > MAX_TEXT_BYTES or number > MAX_LINES:
-            raise _bad(
-                file, number, f"more than {MAX_TEXT_BYTES >> 20} MiB or {MAX_LINES:,} lines"
-            )
+            raise _bad(file, number, f"more than {MAX_TEXT_BYTES >> 20} MiB or {MAX_LINES:,} lines")
         digest(line)
         try:
             decoded = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()

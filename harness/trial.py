@@ -212,6 +212,7 @@ class Trial:
                 self._sample,
                 self.team,
                 self.group,
+                self.weights,
             )
         return ended
 
