@@ -32,10 +32,14 @@ def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -
 
     try:
         run = load_run(folder.path)
-        figures = draw_run(folder.path, run.rows, run.timeline, summary)
+        try:
+            figures = draw_run(folder.path, run.rows, run.timeline, summary)
+        except RunError as error:  # rows that no figure can show are still a result
+            print(f"\nwarning  {error}")
+            figures = []
         write_report_md(folder.path, run.rows, run.timeline, summary, manifest)
     except (RunError, OSError) as error:
-        raise FolderError(f"{folder.path}: no figures ({error})") from None
+        raise FolderError(f"{folder.path}: no report ({error})") from None
     return figures
 
 
