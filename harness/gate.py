@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from harness.buffers import StepBuffers, query_dtype
 from harness.fill import plant_needles
 from harness.settings import Settings
 from harness.synthetic import NEEDLE_AMPLITUDE, Content, Needle
@@ -55,6 +56,7 @@ class Gate:
     ) -> None:
         self.settings, self.strategy, self.contents = settings, strategy, contents
         self.workspace = workspace
+        self.steps = StepBuffers(settings, workspace)
         self._squares = [0.0, 0.0]
         self._lse = 0.0
 
@@ -88,15 +90,20 @@ class Gate:
         head = layer % g.kv_heads
         mine = slice(head * g.group, (head + 1) * g.group)
         asked: list[tuple[torch.Tensor, int, torch.Tensor, torch.Tensor]] = []
-        plan = ops.plan_decode(view, self.settings.hardware.sm_count)
+        sms = self.settings.hardware.sm_count
+        plan = ops.plan_decode(view, sms, self.steps.scratch("decode"))
         needles = content.needles[(sequence, layer)]
-        for q in (self._random_queries(view, 1), self._needle_queries(view, needles)):
-            out, lse = ops.decode(view, layer, q, plan)
-            asked.append((q[0, mine], tokens - 1, out[0, mine], lse[0, mine]))
+        for queries in (self._random_queries(view, 1), self._needle_queries(view, needles)):
+            q, out, lse = self.steps.decode(view, queries)
+            ops.decode(view, layer, q, plan, out.fill_(math.nan), lse.fill_(math.nan))
+            asked.append(
+                (q[0, mine].double(), tokens - 1, out[0, mine].double(), lse[0, mine].double())
+            )
         chunk = min(self.settings.trial.prefill_chunk_tokens, tokens - view.starts[0])
-        q = self._random_queries(view, chunk)
-        prefill = ops.plan_prefill(view, 0, tokens - chunk, chunk, self.settings.hardware.sm_count)
-        out, lse = ops.prefill(view, layer, q, prefill)
+        q, out, lse = self.steps.prefill(view, self._random_queries(view, chunk))
+        scratch = self.steps.scratch("prefill")
+        prefill = ops.plan_prefill(view, 0, tokens - chunk, chunk, sms, scratch)
+        ops.prefill(view, layer, q, prefill, out.fill_(math.nan), lse.fill_(math.nan))
         for t in sorted({0, chunk // 2, chunk - 1}):
             asked.append((q[t, mine], tokens - chunk + t, out[t, mine], lse[t, mine]))
         buffers = self._buffers(g.head_dim, g.group * len(asked))
@@ -132,12 +139,7 @@ class Gate:
         return out
 
     def _random_queries(self, view: View, tokens: int) -> torch.Tensor:
-        import torch
-
-        g = view.geometry
-        generator = torch.Generator().manual_seed(self.settings.seed + tokens)
-        q = torch.randn((tokens, g.q_heads, g.head_dim), generator=generator)
-        return q.to(query_dtype(g.kv_dtype)).to(view.arena.device)
+        return self.steps.random_queries(view, tokens, self.settings.seed + tokens)
 
     def _needle_queries(self, view: View, planted: dict[int, Needle]) -> torch.Tensor:
         import torch
@@ -145,7 +147,7 @@ class Gate:
         g = view.geometry
         signs = [n.signs for p, n in sorted(planted.items()) if p >= view.starts[0]]
         rows = [signs[-1 - h % len(signs)] * NEEDLE_AMPLITUDE for h in range(g.q_heads)]
-        return torch.stack(rows)[None].to(query_dtype(g.kv_dtype)).to(view.arena.device)
+        return torch.stack(rows)[None].to(query_dtype(g.kv_dtype))
 
     def _compare(
         self,
@@ -222,13 +224,6 @@ class _Reference:
         return k, v
 
 
-def query_dtype(kv_dtype: str) -> torch.dtype:
-    """Queries have the K/V's dtype: both operands of a product must."""
-    import torch
-
-    return torch.float8_e4m3fn if kv_dtype == "fp8_e4m3" else torch.bfloat16
-
-
 def stored_values(bank: torch.Tensor, kv_dtype: str) -> torch.Tensor:
     """What the K/V dtype keeps of a bank (bf16 values, or on the host its FP8 codes)."""
     import torch
@@ -238,3 +233,17 @@ def stored_values(bank: torch.Tensor, kv_dtype: str) -> torch.Tensor:
     if kv_dtype == "fp8_e4m3":
         return bank.to(torch.float8_e4m3fn).double()
     return bank.double()
+
+
+def load_arithmetic(device: str) -> None:
+    """Load what the reference uses (cuBLAS in float64, reductions), before memory is measured."""
+    import torch
+
+    rows = torch.ones((64, 128), dtype=torch.float64, device=device)
+    scores = torch.empty((64, 64), dtype=torch.float64, device=device)
+    torch.mm(rows, rows.T, out=scores)
+    top = scores.max(1).values
+    hidden = torch.arange(64, device=device)[None] > torch.arange(64, device=device)[:, None]
+    scores.masked_fill_(hidden, -math.inf).sub_(top[:, None]).exp2_()
+    total = torch.log2(scores.sum(1) + 1.0)
+    float((scores @ rows / total[:, None]).square().sum())

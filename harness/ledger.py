@@ -34,6 +34,7 @@ class Ledger:
         self.resident_tokens = 0
         self.bytes: dict[tuple[str, str], int] = {}
         self.phase_peak_bytes: dict[str, int] = {}
+        self._used_bytes = 0  # at the last event
         self.peak_ledger_bytes = 0
         self.peak_device_bytes = 0
         self.peak_torch_bytes = 0
@@ -67,13 +68,19 @@ class Ledger:
             row |= self._read(phase)
         self._emit(row)
 
+    def graph_made(self) -> None:
+        """A CUDA graph took memory from the driver: only the meter knows how much."""
+        assert self.device is not None
+        grown = self.device.used_bytes() - self._used_bytes
+        self.event("decode", "cuda_graph", max(0, grown))
+
     def note(self, phase: str, what: str) -> None:
         """Read the meters at a moment when nothing was allocated."""
         self.event(phase, what, 0)
 
     def _read(self, phase: str) -> dict[str, Any]:
         assert self.device is not None
-        used = self.device.used_bytes()
+        used = self._used_bytes = self.device.used_bytes()
         meters = self.device.meters()
         self.peak_device_bytes = max(self.peak_device_bytes, used)
         self.peak_torch_bytes = max(

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate, query_dtype
+from harness.buffers import query_dtype
+from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate
 from harness.ranks_control import Team
 from harness.ranks_group import Collectives, Sizes, sizes_of
 from harness.timing import Samples, Stopwatch

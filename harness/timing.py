@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from harness.gate import query_dtype
+from harness.buffers import StepBuffers
 from harness.offload import WeightReader, read_around
 from harness.settings import Settings
 from harness.workspace import Workspace
 from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
-    import torch
 
-    from kernels.view import View
+    pass
 
 CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES = 3.0, 3
 HOST_BUDGET_SECONDS, HOST_MIN_SAMPLES = 1.0, 2
@@ -51,7 +51,7 @@ class PrefillModel:
     histories: tuple[int, ...]
     chunk_ms: tuple[float, ...]
     total_seconds: float
-    relative_residual: float
+    relative_residual: float  # root mean square of what the fit misses, over that of the times
 
 
 def prefill_flops(q_heads: int, head_dim: int, history: int, chunk: int, first: int = 0) -> float:
@@ -67,6 +67,8 @@ class Stopwatch:
     ----------
     reader : WeightReader, optional
         Reads each layer's weights in a decode step, beside its attention.
+    on_graph : callable
+        Told when a CUDA graph has been captured and launched once.
     """
 
     def __init__(
@@ -75,10 +77,12 @@ class Stopwatch:
         strategy: Strategy,
         workspace: Workspace,
         reader: WeightReader | None = None,
+        on_graph: Callable[[], None] = lambda: None,
     ) -> None:
-        self.settings, self.strategy, self.workspace = settings, strategy, workspace
-        self.reader = reader
-        self.on_cuda = not settings.on_host
+        self.settings, self.strategy = settings, strategy
+        self.buffers = StepBuffers(settings, workspace)
+        self.reader, self.on_graph = reader, on_graph
+        self.on_cuda = self.buffers.on_cuda
 
     def decode_work(self, sequences: list[int]) -> list[tuple[Any, ...]]:
         """View, queries, plan, output and LSE of every layer group's decode step."""
@@ -86,8 +90,10 @@ class Stopwatch:
 
         work = []
         for view in self.strategy.batch(sequences):
-            q, out, lse = self._decode_buffers(view)
-            plan = ops.plan_decode(view, self.settings.hardware.sm_count, self._scratch("decode"))
+            queries = self.buffers.random_queries(view, view.sequences, self.settings.seed)
+            q, out, lse = self.buffers.decode(view, queries)
+            sms = self.settings.hardware.sm_count
+            plan = ops.plan_decode(view, sms, self.buffers.scratch("decode"))
             work.append((view, q, plan, out, lse))
         return work
 
@@ -115,6 +121,9 @@ class Stopwatch:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
+        graph.replay()  # the driver takes a graph's memory at its first launch
+        torch.cuda.synchronize()
+        self.on_graph()
         return self._sample(graph.replay)
 
     def _weight_layers(self, index: int, layers: int) -> range:
@@ -122,16 +131,17 @@ class Stopwatch:
         count = self.settings.model.layers
         return range(index * count // layers, (index + 1) * count // layers)
 
-    def prefill(self, sequence: int, history: int, chunk: int) -> Samples:
+    def prefill(self, sequence: int, history: int, chunk: int, most: int | None = None) -> Samples:
         """The chunk of queries that follows ``history`` tokens, through every layer."""
         from kernels import ops
 
         work = []
         for view in self.strategy.batch([sequence]):
-            q, out, lse = self._prefill_buffers(view, chunk)
-            plan = ops.plan_prefill(
-                view, 0, history, chunk, self.settings.hardware.sm_count, self._scratch("prefill")
-            )
+            queries = self.buffers.random_queries(view, chunk, self.settings.seed)
+            q, out, lse = self.buffers.prefill(view, queries)
+            sms = self.settings.hardware.sm_count
+            scratch = self.buffers.scratch("prefill")
+            plan = ops.plan_prefill(view, 0, history, chunk, sms, scratch)
             work.append((view, q, plan, out, lse))
 
         def step() -> None:
@@ -139,72 +149,28 @@ class Stopwatch:
                 for layer in range(view.geometry.layers):
                     ops.prefill(view, layer, q, plan, out, lse)
 
-        return self._sample(step)
+        return self._sample(step, most)
 
     def prefill_model(self, sequence: int, tokens: int, chunk: int) -> PrefillModel:
         """Chunk times at several histories, fitted, and their sum over a prompt of ``tokens``."""
         count = self.settings.trial.prefill_histories
         top = tokens - chunk
         histories = tuple(sorted({round(top * i / (count - 1)) for i in range(count)}))
-        ms = tuple(self.prefill(sequence, h, chunk).median_ms for h in histories)
+        ms = tuple(self.prefill(sequence, h, chunk, CUDA_MIN_SAMPLES).median_ms for h in histories)
         a, b = fit_line(histories, ms)
         # Under context parallelism a rank sees every query, and its share of the history.
         ranks = self.settings.parallel.context_ranks
         chunks = -(-tokens * ranks // chunk)
         total = sum(a + b * i * chunk / ranks for i in range(chunks)) / 1e3
-        residual = max(abs(a + b * h - t) / t for h, t in zip(histories, ms, strict=True))
+        off = [a + b * h - t for h, t in zip(histories, ms, strict=True)]
+        residual = math.sqrt(sum(x * x for x in off) / sum(t * t for t in ms))
         return PrefillModel(histories, ms, total, residual)
-
-    def _scratch(self, kind: str) -> torch.Tensor | None:
-        return self.workspace.buffers[f"{kind}_partials"].u8 if self.on_cuda else None
-
-    def _queries(self, shape: tuple[int, ...], view: View) -> torch.Tensor:
-        import torch
-
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        dtype = query_dtype(view.geometry.kv_dtype)
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    def _decode_buffers(self, view: View) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
-        g = view.geometry
-        shape = (view.sequences, g.q_heads, g.head_dim)
-        values = self._queries(shape, view)
-        if not self.on_cuda:
-            return values, torch.empty(shape), torch.empty(shape[:2])
-        flat = self.workspace.buffers["decode_outputs"].u8
-        n = view.sequences * g.q_heads
-        out = flat[: n * g.head_dim * 4].view(torch.float32).view(shape)
-        rest = flat[n * g.head_dim * 4 :]
-        lse = rest[: n * 4].view(torch.float32).view(shape[:2])
-        q = rest[n * 4 :][: n * g.head_dim * g.itemsize].view(values.dtype).view(shape)
-        q.copy_(values)
-        return q, out, lse
-
-    def _prefill_buffers(
-        self, view: View, chunk: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        import torch
-
-        g = view.geometry
-        shape = (chunk, g.q_heads, g.head_dim)
-        values = self._queries(shape, view)
-        if not self.on_cuda:
-            return values, torch.empty(shape, dtype=torch.bfloat16), torch.empty(shape[:2])
-        q = self.workspace.tensor("prefill_queries", shape, values.dtype)
-        q.copy_(values)
-        flat = self.workspace.buffers["prefill_outputs"].u8
-        n = chunk * g.q_heads
-        out = flat[: n * g.head_dim * 2].view(torch.bfloat16).view(shape)
-        lse = flat[n * g.head_dim * 2 :][: n * 4].view(torch.float32).view(shape[:2])
-        return q, out, lse
 
     def once_ms(self, step: Callable[[], None]) -> float:
         """Milliseconds of one step."""
         return self._cuda_ms(step) if self.on_cuda else _host_ms(step)
 
-    def _sample(self, step: Callable[[], None]) -> Samples:
+    def _sample(self, step: Callable[[], None], most: int | None = None) -> Samples:
         one = self.once_ms
         budget, least = (
             (CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES)
@@ -214,7 +180,7 @@ class Stopwatch:
         warmup = one(step)
         ms: list[float] = []
         began = time.perf_counter()
-        while len(ms) < self.settings.trial.max_samples:
+        while len(ms) < (most or self.settings.trial.max_samples):
             if len(ms) >= least and time.perf_counter() - began > budget:
                 break
             ms.append(one(step))

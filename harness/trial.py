@@ -17,6 +17,7 @@ from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
 from harness.lengths import filled_tokens, targets
 from harness.offload import device_weights
+from harness.planner_engines import ENGINES
 from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, connect
 from harness.rows import Row, identity
@@ -109,8 +110,9 @@ class Trial:
 
     def _start(self) -> None:
         self._phase("context")
-        purpose = "account" if self.settings.accounts_only else self.cells[0].purpose
-        self.device = open_device(self.settings, self.ledger, purpose)
+        # A bracket's trial loads the same kernels as a timed one, so that both start alike.
+        ours = self.settings.strategy not in ENGINES and not self.settings.accounts_only
+        self.device = open_device(self.settings, self.ledger, loads_kernels=ours)
         self.team.stage("nccl")
         timed = any(c.timing for c in self.cells)
         self.group = connect(self.settings, self.team, self.device, self.ledger, timed)

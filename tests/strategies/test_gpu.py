@@ -40,7 +40,7 @@ def test_capacity_is_what_ballast_leaves(device):
     assert device.meter == "nvml" and device.uuid
     assert abs(device.capacity_bytes - device.used_bytes() - device.free_bytes()) <= DRIVER_BYTES
     meters = device.meters()
-    assert meters["torch_reserved_bytes"] >= meters["torch_allocated_bytes"] > 0
+    assert meters["torch_reserved_bytes"] >= meters["torch_allocated_bytes"] >= 0
     assert meters["nvml_used_bytes"] > device.ballast_bytes > 0
 
 
@@ -76,7 +76,8 @@ def test_arena_commits_and_gives_back_physical_memory(device):
     assert abs(device.used_bytes() - used - 20 * CHUNK) <= DRIVER_BYTES
     arena.u8[3 * CHUNK : 23 * CHUNK].fill_(7)
     arena.zero(3 * CHUNK, 13 * CHUNK)
-    assert int(arena.u8[3 * CHUNK : 23 * CHUNK].count_nonzero()) == 10 * CHUNK
+    assert not arena.u8[3 * CHUNK : 13 * CHUNK].any()
+    assert int(arena.u8[13 * CHUNK : 23 * CHUNK].min()) == 7
     assert arena.decommit(0, 13 * CHUNK) == 10 * CHUNK
     assert abs(device.used_bytes() - used - 10 * CHUNK) <= DRIVER_BYTES
     assert int(arena.u8[13 * CHUNK : 23 * CHUNK].min()) == 7
