@@ -26,7 +26,10 @@ def to_code(x, inverse, DTYPE: tl.constexpr, LIMIT: tl.constexpr):
     return y.to(DTYPE)
 
 
-@triton.jit(do_not_specialize=["layer", "first_page"])
+@triton.jit(
+    do_not_specialize=["layer", "first_page"],
+    do_not_specialize_on_alignment=["table", "k_scale", "v_scale"],
+)
 def append_tiles_kernel(
     k,
     v,
@@ -65,7 +68,10 @@ def append_tiles_kernel(
     tl.store(base + at + d[:, None] * PAGE + n[None, :], tl.trans(code))
 
 
-@triton.jit(do_not_specialize=["layer", "table_stride", "first_position", "row"])
+@triton.jit(
+    do_not_specialize=["layer", "table_stride", "first_position", "row"],
+    do_not_specialize_on_alignment=["page_table", "k_scale", "v_scale", "rows", "positions"],
+)
 def append_tokens_kernel(
     k,
     v,

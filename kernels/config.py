@@ -175,14 +175,15 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     )
 
 
-def _of_any_length(geometry: Geometry) -> tuple[DecodeConfig, ...]:
+def decode_configs(geometry: Geometry) -> tuple[DecodeConfig, ...]:
+    """The configurations that contexts of any length can lead a geometry to."""
     short, long = decode_config(geometry, 0), decode_config(geometry, 1 << 40)
     return (short,) if short == long else (short, long)
 
 
 def decode_partials(geometry: Geometry, sm_count: int) -> int:
     """Most partial results of a decode step: a program leaves at most two pieces of a sequence."""
-    return 2 * sm_count * max(c.programs_per_sm for c in _of_any_length(geometry))
+    return 2 * sm_count * max(c.programs_per_sm for c in decode_configs(geometry))
 
 
 def decode_scratch_bytes(geometry: Geometry, sequences: int, sm_count: int) -> int:
@@ -208,5 +209,5 @@ def all_decode_configs() -> list[tuple[Geometry, DecodeConfig]]:
             for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
                 for group in (5, 20):
                     geometry = Geometry(2, 2, 2 * group, head_dim, kv_dtype, page)
-                    found += [(geometry, config) for config in _of_any_length(geometry)]
+                    found += [(geometry, config) for config in decode_configs(geometry)]
     return found

@@ -143,7 +143,7 @@ def fetch_lines(address):
 
 @triton.jit(
     do_not_specialize=["layer", "table_stride", "page_shift"],
-    do_not_specialize_on_alignment=["page_table", "lse", "partial_lse"],
+    do_not_specialize_on_alignment=["page_table", "lse", "partial_lse", "k_scale", "v_scale"],
 )
 def decode_kernel(
     q,

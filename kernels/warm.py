@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from kernels.view import Geometry, View
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = 1 << 19  # long enough that the work is cut into pieces, which loads the merges
 CHUNK_TOKENS = 256
@@ -46,8 +50,25 @@ def warm_up(geometry: Geometry, device: str) -> None:
     ops.append(view, 0, kv[:1], kv[:1], where, where.to(torch.int64))
     q = torch.ones((CHUNK_TOKENS, g.q_heads, g.head_dim), dtype=torch.bfloat16, device=device)
     q = q.to(dtype)
-    ops.decode(view, 0, q[:1], ops.plan_decode(view))
+    _warm_decode(view, q[:1])
     start = TOKENS - CHUNK_TOKENS
     ops.prefill(view, 0, q, ops.plan_prefill(view, 0, start, CHUNK_TOKENS))
     torch.cuda.synchronize(device)
     torch.cuda.empty_cache()
+
+
+def _warm_decode(view: View, q: torch.Tensor) -> None:
+    """Every configuration of the decode kernel, and the merges of few and of many pieces."""
+    import torch
+
+    from kernels.config import decode_configs
+    from kernels.decode import decode
+    from kernels.decode_plan import plan_decode
+    from kernels.merge import PIECES, merge
+
+    for config in decode_configs(view.geometry):
+        decode(view, 0, q, plan_decode(view, config=config))
+    for pieces, _ in PIECES:
+        sm_count = max(1, pieces // config.programs_per_sm)
+        out, lse = decode(view, 0, q, plan_decode(view, sm_count, config=config))
+    merge(torch.stack([out, out]), torch.stack([lse, lse]))  # what ranks of one sequence run

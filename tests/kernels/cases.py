@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,21 @@ class Case:
         return torch.stack(outs), torch.stack(lses)
 
 
-def empty_view(geometry, lengths, *, device="cpu", starts=(), seed=0, spare_pages=3, scales=None):
-    """A view whose whole arena is NaN codes, with its pages dealt in a shuffled order."""
+def _arena(nbytes, device, sparse):
+    if not sparse or device != "cpu":
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000)  # named since Python 3.13
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return torch.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=torch.uint8)
+
+
+def empty_view(
+    geometry, lengths, *, device="cpu", starts=(), seed=0, spare_pages=3, scales=None, first_page=0
+):
+    """A view whose pages, from ``first_page`` on, are NaN codes and dealt in a shuffled order.
+
+    With a ``first_page`` the arena before it is address space that nothing touches.
+    """
     generator = torch.Generator().manual_seed(seed)
     counts = [-(-n // geometry.page_tokens) for n in lengths]
     total = sum(counts) + spare_pages
@@ -47,7 +61,9 @@ def empty_view(geometry, lengths, *, device="cpu", starts=(), seed=0, spare_page
     for row, count in enumerate(counts):
         table[row, :count] = order[used : used + count]
         used += count
-    arena = torch.full((total * geometry.page_bytes,), POISON, dtype=torch.uint8, device=device)
+    arena = _arena((first_page + total) * geometry.page_bytes, device, first_page)
+    arena[first_page * geometry.page_bytes :] = POISON
+    table += first_page
     if scales is None:
         scales = [1.0 / 4 + head / 8 for head in range(geometry.kv_heads)]
     scale = torch.tensor(scales, dtype=torch.float32, device=device)
@@ -80,10 +96,12 @@ def store(view, layer, row, k_codes, v_codes):
 
 
 def random_case(
-    geometry, lengths, *, device="cpu", starts=(), seed=0, v_mean=0.5, spread=1.0, fill=None
+    geometry, lengths, *, device="cpu", starts=(), seed=0, v_mean=0.5, spread=1.0, first_page=0
 ):
-    """K/V of every layer; ``fill`` limits the layers that are written (default: all)."""
-    view = empty_view(geometry, lengths, device=device, starts=starts, seed=seed)
+    """Random K/V in every layer of a poisoned arena; V has a mean."""
+    view = empty_view(
+        geometry, lengths, device=device, starts=starts, seed=seed, first_page=first_page
+    )
     generator = torch.Generator().manual_seed(seed + 1)
     all_k, all_v = [], []
     for layer in range(geometry.layers):
@@ -94,8 +112,7 @@ def random_case(
             v = (torch.randn(shape, generator=generator) + v_mean).to(device)
             k = reference.quantise(k, view.k_scale[:, None], geometry.kv_dtype)
             v = reference.quantise(v, view.v_scale[:, None], geometry.kv_dtype)
-            if fill is None or layer in fill:
-                store(view, layer, row, k, v)
+            store(view, layer, row, k, v)
             ks.append(reference.dequantise(k, view.k_scale[:, None]))
             vs.append(reference.dequantise(v, view.v_scale[:, None]))
         all_k.append(ks)
