@@ -8,6 +8,8 @@ from dataclasses import replace
 from harness.evidence import CONDITIONAL, REFUTED, SUPPORTED, Evidence, Verdict
 from harness.forecast import points
 from harness.options import engine_model
+from harness.ranks_scaling import Gain
+from harness.ranks_scaling import gains as rank_gains
 from harness.settings import Settings, compose_settings
 from strategies.engine_model import nvml_total_mib
 from strategies.sglang_flags import SGLangFlags, resolve
@@ -87,6 +89,9 @@ def weight_offload(evidence: Evidence) -> Verdict:
 
 def context_parallelism(evidence: Evidence) -> Verdict:
     """C19: tokens of one sequence over 8 ranks, heads split against pages split."""
+    ran = [g for g in rank_gains(evidence.rows) if g.basis != "planned"]
+    if len({g.pages.model for g in ran}) > 1:
+        return _measured_gain(evidence, ran)
     gains, copies = {}, {}
     for model in LISTED_MODELS:
         settings = _planned(f"model={model}", "strategy=paged")
@@ -101,6 +106,20 @@ def context_parallelism(evidence: Evidence) -> Verdict:
     why = "by the replication factor of the KV heads and no more: " if only_copies else ""
     verdict = SUPPORTED if len(more) == len(gains) else CONDITIONAL if more else REFUTED
     return Verdict(verdict, why + text, measured=round(max(gains.values()), 2), basis="planned")
+
+
+def _measured_gain(evidence: Evidence, ran: list[Gain]) -> Verdict:
+    """C19 from ranks that really ran: most ranks of each model."""
+    most = {g.pages.model: g for g in sorted(ran, key=lambda g: g.pages.ranks)}
+    text = ", ".join(f"{m} {g.ratio:.2f}x on {g.pages.ranks} ranks" for m, g in most.items())
+    more = [g for g in most.values() if g.ratio > 1 + SAME_GAIN]
+    ids = {t for g in most.values() for t in (*g.pages.trials, *g.heads.trials)}
+    return Verdict(
+        SUPPORTED if len(more) == len(most) else CONDITIONAL if more else REFUTED,
+        f"where ranks exceed the KV heads: {text}",
+        tuple(r for r in evidence.rows if r["trial_id"] in ids),
+        round(max(g.ratio for g in most.values()), 2),
+    )
 
 
 def fp8_cost(evidence: Evidence) -> Verdict:

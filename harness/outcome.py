@@ -8,6 +8,8 @@ from typing import Any
 
 from harness import forecast
 from harness.folder import FolderError, RunFolder
+from harness.ranks_scaling import scaling_table
+from harness.ranks_summary import per_trial
 from harness.rows import Row
 from harness.settings import Settings
 from harness.sizes import gib, mib, tokens_text
@@ -52,13 +54,16 @@ def tell(
 
     print(f"\n{sweep_table(load_run(folder.path).rows)}")
     print(f"\nOOM points (tokens)\n{oom_points_table(summary)}")
+    ranks = scaling_table(folder.rows)
+    if ranks:
+        print(f"\nRanks\n{ranks}")
     decided = [c for c in summary["claims"] if c["verdict"] != "undecided"]
     # What formulas alone decide is no news after a sweep.
     if settings[0].experiment != "claims":
         decided = [c for c in decided if c["trials"]]
     if decided:
         print(f"\nClaims\n{verdict_table({**summary, 'claims': decided})}")
-    for line in warnings(folder.rows) + _of_the_other(settings):
+    for line in warnings(per_trial(folder.rows)) + _of_the_other(settings):
         print(f"\n{line}")
     pictures = [f for f in figures if f.suffix == ".png"]
     if pictures:

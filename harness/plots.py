@@ -20,6 +20,7 @@ from harness.plots_costs import (
 from harness.plots_engines import figure_mem_fraction, figure_root_cause
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases
+from harness.plots_scaling import figure_capacity_over_ranks
 from harness.plots_sharing import figure_fragmentation, figure_waste
 from harness.plots_throughput import figure_throughput
 from harness.runs import Run, frame
@@ -50,6 +51,7 @@ TITLES = {
     "precision": "FP8 against BF16",
     "remedies": "How far each remedy moves the OOM points, and its price",
     "scaling": "More ranks",
+    "capacity_over_ranks": "Capacity and decode step by number of ranks",
 }
 
 
@@ -121,6 +123,7 @@ def _plan(
     fractions = fractions[asked > 1]
     ranks = rows[["world_size", "emulated_ranks"]].drop_duplicates()
     waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
+    scaled = of("scaling")
     return [
         ("root_cause", bool(engine.any()), lambda: figure_root_cause(rows[engine], events)),
         ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),
@@ -132,5 +135,6 @@ def _plan(
         ("granularity", not of("granularity").empty, lambda: figure_granularity(of("granularity"))),
         ("precision", not precision.empty, lambda: figure_precision(precision)),
         ("remedies", not of("remedies").empty, lambda: figure_remedies(summary)),
-        ("scaling", len(ranks) > 1, lambda: figure_scaling(rows)),
+        ("scaling", len(ranks) > 1 and scaled.empty, lambda: figure_scaling(rows)),
+        ("capacity_over_ranks", not scaled.empty, lambda: figure_capacity_over_ranks(scaled)),
     ]

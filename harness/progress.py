@@ -69,6 +69,8 @@ def row_line(row: Row) -> str:
             f" in {row['oom_phase']}: {row['oom_allocation']} asked "
             f"{size(row['oom_requested_bytes'])}, {size(row['oom_free_bytes'])} free"
         )
+    elif row["basis"] == "planned":
+        text += f" planned, not run: peak {size(row['predicted_peak_bytes'])}"
     elif row["status"] == "ok":
         text += f" peak {size(row['peak_device_bytes'])}"
         if row.get("attention_decode_step_ms") is not None:

@@ -94,6 +94,8 @@ def _row_of(job: Job, cell: Cell, end: RankEnd, failure: Failure | None, seconds
             return row
     extra = job.extra | {"rank": end.rank}
     last: Row = next((r["row"] for r in reversed(end.records) if r["type"] == "timeline"), {})
+    stages = [r["stage"] for r in end.records if r["type"] == "stage" and r["stage"] in PHASES]
+    last = last | {"phase": stages[-1] if stages else None}
     own = failure is not None and failure.rank == end.rank
     if failure is not None and failure.status == "timeout":
         ended = how_it_ended(job, 0, True, end.records, end.log) if own else {}
@@ -128,8 +130,7 @@ def settle(rows: list[Row], failure: Failure | None) -> list[Row]:
         row = row | {"failed_rank": cause["rank"]}
         if row["status"] in ("ok", ENDED_BY_PEER):
             row |= _shared(cause)
-        if row["status"] in ORDERLY:
-            row["resident_tokens_all_ranks"] = min(held) * int(row["context_ranks"])
+        row["resident_tokens_all_ranks"] = min(held) * int(row["context_ranks"])
         out.append(row)
     return out
 

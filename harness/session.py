@@ -11,6 +11,7 @@ from harness.folder import RunFolder, find_or_create
 from harness.lock import device_lock
 from harness.progress import Progress
 from harness.ranks_relay import devices_here
+from harness.ranks_summary import per_trial
 from harness.run import Run
 from harness.settings import Settings
 from harness.summary import summarise
@@ -52,8 +53,11 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
         f"scale model of an {hardware.device_name}, 1:{settings[0].scale}, real bytes on this "
         "machine; OOM points transfer, speeds do not"
         if settings[0].on_host
-        else f"{hardware.device_name}, one GPU as one of {settings[0].parallel.ranks} ranks"
+        else hardware.device_name
     )
+    parallel = settings[0].parallel
+    talk = f", through {parallel.backend}" if parallel.backend else ""
+    what += f"; {parallel.processes} of {parallel.ranks} ranks run{talk}"
     if settings[0].claims_from:
         print(f"rows     of {', '.join(settings[0].claims_from)}; no trial is run")
     else:
@@ -96,7 +100,7 @@ def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
     from harness.outcome import draw, tell
 
     summary: dict[str, Any] = summarise(folder.rows, [])
-    summary["claims"] = decide(folder.rows)
+    summary["claims"] = decide(per_trial(folder.rows))
     folder.write_json("summary.json", summary)
     manifest = folder.manifest()
     manifest["gpus_after"] = provenance.gpus()
@@ -106,4 +110,4 @@ def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
     tell(folder, settings, summary, figures)
     if settings[0].claims_from:  # how those trials ended was their own run's to say
         return True
-    return all(r["status"] != "crash" or r.get("signal") for r in folder.rows)
+    return all(r["status"] != "crash" or r.get("signal") for r in per_trial(folder.rows))

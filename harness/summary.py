@@ -13,9 +13,9 @@ SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
-    "strategy model strategy_options sequences kv_dtype page_tokens chunk_bytes arena "
-    "table_order capacity_bytes emulated_ranks world_size parallel "
-    "context_ranks workload hybrid read_weights fault"
+    "strategy model strategy_options emulated_ranks context_ranks sequences kv_dtype page_tokens "
+    "chunk_bytes arena table_order capacity_bytes world_size parallel workload hybrid "
+    "read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
@@ -54,11 +54,12 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     strategy = key[0]
     model = ARM_KEYS.index("model")
     rivals = [k for k in every if k[0] == strategy and k[model] == key[model]]
-    parts = [str(strategy)]
+    parts, same = [str(strategy)], rivals
     for i, name in enumerate(ARM_KEYS[1:], start=1):
         # A model is named as soon as the run has two, so that every arm of it reads alike.
-        field = every if name == "model" else rivals
+        field = every if name == "model" else same
         if len({k[i] for k in field}) > 1:
+            same = [k for k in same if k[i] == key[i]]
             parts.append(_named(name, key[i], [k[i] for k in rivals]))
     return ", ".join(p for p in parts if p)
 
