@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from harness.columns import COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
@@ -253,19 +254,29 @@ def _table(folder: Path, name: str, columns: tuple[str, ...], notes: list[str]) 
         raise RunError(f"{where}: {error}") from None
 
 
-def _kind(column: pd.Series, name: str) -> pd.Series:
+def _kind(column: pd.Series, name: str) -> np.ndarray:
     if is_text(name) or name not in _ALL_COLUMNS:
-        return column.map(_text).astype(object)
-    if column.dtype != float:
-        column = column.map(lambda v: None if v is None or str(v) in ("", "None", "nan") else v)
-        numbers = pd.to_numeric(column, errors="coerce").astype(float)
+        out = np.empty(len(column), dtype=object)
+        out[:] = [_text(v) for v in column.to_numpy(dtype=object)]
+        return out
+    if column.dtype == float:
+        numbers: np.ndarray = column.to_numpy()
     else:
-        numbers = column
-    bad = (numbers.isna() & column.notna()) | numbers.abs().eq(float("inf"))
-    if bad.any():
-        at = int(bad.to_numpy().argmax())
+        numbers = np.array([_number(v) for v in column.to_numpy(dtype=object)], dtype=float)
+    if np.isinf(numbers).any():
+        at = int(np.isinf(numbers).argmax())
         raise RunError(f"column {name}, row {at + 1}: {clean(column.iloc[at])!r} is no number")
     return numbers
+
+
+def _number(value: object) -> float:
+    """Return a field as a number; NaN for an empty one, infinity for what is no number."""
+    if value is None or value is pd.NA or value in ("", "None", "nan"):
+        return float("nan")
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return float("inf")
 
 
 def _text(value: object) -> str:

@@ -117,14 +117,19 @@ def test_a_sound_folder_passes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_each_fault_fails_its_check_alone(tmp_path, capsys, fault):
+def test_each_fault_fails_its_check_alone(tmp_path, fault):
     rows, summary, manifest = sweep() + bracket(), copy.deepcopy(SUMMARY), dict(MANIFEST)
     fault(rows, summary, manifest)
     folder = write_run(tmp_path / "run", rows, summary, **manifest)
     assert failures(folder) == {FAULTS[fault]}
-    assert main([str(folder)]) == 1
-    line = next(x for x in capsys.readouterr().out.splitlines() if x.startswith(FAULTS[fault]))
-    assert "fail" in line
+
+
+def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
+    good = write_run(tmp_path / "good", sweep(1))
+    bad = write_run(tmp_path / "bad", sweep(1), git={"commit": "c" * 40, "dirty": True})
+    assert main([str(good), str(bad)]) == 1
+    lines = [x.split()[:2] for x in capsys.readouterr().out.splitlines()]
+    assert lines.count(["tree", "fail"]) == lines.count(["tree", "pass"]) == 1
 
 
 def test_an_item_that_is_named_excuses_the_planner(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.harness.run_fixture import sweep, write_run
+from tests.harness.run_fixture import cell, write_run
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
 
@@ -21,10 +21,10 @@ def code_of(notebook):
 def test_a_notebook_has_one_variable_and_no_logic(path):
     cells = code_of(json.loads(path.read_text()))
     assert cells[0].startswith('RUN = "results/reference/')
-    for cell in cells:
-        tree = ast.parse("\n".join(x for x in cell.splitlines() if not x.startswith("%")))
+    for code in cells:
+        tree = ast.parse("\n".join(x for x in code.splitlines() if not x.startswith("%")))
         banned = (ast.FunctionDef, ast.If, ast.While, ast.Lambda, ast.BinOp, ast.ListComp)
-        assert not any(isinstance(node, banned) for node in ast.walk(tree)), cell
+        assert not any(isinstance(node, banned) for node in ast.walk(tree)), code
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -35,7 +35,8 @@ def test_a_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel")
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    folder = write_run(tmp_path / "run", sweep(1))
+    rows = [cell(name, 1_000_000, 1.0) for name in ("static", "paged")]
+    folder = write_run(tmp_path / "run", rows)
     next(c for c in notebook.cells if c.cell_type == "code").source = f"RUN = {str(folder)!r}"
     run = client.NotebookClient(
         notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}

@@ -60,6 +60,7 @@ def test_missing_files_and_columns_are_noted(tmp_path):
 
 def test_samples_are_read_and_a_cut_line_is_left_out(tmp_path):
     folder = write_run(tmp_path / "run")
+    (folder / "samples.jsonl").unlink()
     assert load_run(folder).samples() == []
     (folder / "samples.jsonl").write_text('{"trial_id": "a", "ms": [1.0]}\n{"trial_id": "b", "m')
     assert load_run(folder).samples() == [{"trial_id": "a", "ms": [1.0]}]
