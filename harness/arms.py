@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from harness.compose import GROUPS, compose_config, expand
-from harness.settings import Settings, settings_of
+from harness.settings import Settings
 from harness.sizes import BadValue
+from harness.validate import settings_of
 
 MAX_ARMS = 200
 

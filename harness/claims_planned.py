@@ -10,7 +10,8 @@ from harness.forecast import points
 from harness.options import engine_model
 from harness.ranks_scaling import Gain
 from harness.ranks_scaling import gains as rank_gains
-from harness.settings import Settings, compose_settings
+from harness.settings import Settings
+from harness.validate import compose_settings
 from strategies.engine_model import nvml_total_mib
 from strategies.sglang_flags import SGLangFlags, resolve
 from strategies.sglang_tables import VERSIONS

@@ -127,8 +127,7 @@ def _deviations(row: Row, made: Prediction) -> list[str]:
         if item.location == "device" and not item.failed:
             by_phase[item.phase] = by_phase.get(item.phase, 0) + item.nbytes
     measured = {
-        p: row.get(f"{p}_bytes") or 0
-        for p in ("context", "nccl", "weights", "tables", "workspace")
+        p: row.get(f"{p}_bytes") or 0 for p in ("context", "nccl", "weights", "tables", "workspace")
     }
     measured["kv"] = row.get("kv_committed_bytes") or 0
     by_phase["kv"] = made.predicted_kv_bytes
@@ -191,7 +190,7 @@ def largest_ok_context(settings: Settings) -> int:
 
 def sentence(settings: Settings, strategy: str) -> str:
     """One line: what the planner expects of another strategy, with its default keys."""
-    from harness.settings import compose_settings
+    from harness.validate import compose_settings
 
     words = [w for w in settings.overrides if not w.startswith("strategy")]
     words = [w for w in words if not w.startswith("experiment=")]

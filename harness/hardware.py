@@ -9,12 +9,13 @@ import importlib.util
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig, OmegaConf
-
-from harness.compose import conf_dir
 from harness.sizes import BadValue, parse_bytes
 from harness.visible_gpus import nvml_handle
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 KINDS = ("auto", "cuda", "scale_model")
 MAX_GPUS = 1024
@@ -93,6 +94,10 @@ def _text(value: str | bytes) -> str:
 
 def known_device(name: str) -> DictConfig:
     """The file of conf/hardware/ that describes a device."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from harness.compose import conf_dir
+
     path = conf_dir() / "hardware" / f"{name}.yaml"
     devices = sorted(p.stem for p in path.parent.glob("*.yaml") if "total_bytes" in p.read_text())
     if name not in devices:

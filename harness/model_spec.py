@@ -7,12 +7,14 @@ and 64 of V), so that scale = K/V elements a token / 128: 192 for 48 layers x 2 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from harness.sizes import BadValue, parse_bytes, parse_tokens
 from kernels.view import DTYPE_BYTES, Geometry
 from strategies.model import KVModel, LayerGroup, chunk_pages
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 SCALE_MODEL_HEAD_DIM = 64
 SCALE_MODEL_ELEMENTS = 2 * SCALE_MODEL_HEAD_DIM

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING
 
 from harness.ranks import launched
 from harness.sizes import BadValue, parse_bytes
 from harness.visible_gpus import gpu_count
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 KINDS = ("tp", "context")
 MAX_RANKS = 1024

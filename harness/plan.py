@@ -18,8 +18,9 @@ from harness.planner_changes import Change, smallest_change
 from harness.planner_engines import ENGINES
 from harness.planner_spec import OomPoint, PlanSpec, Prediction
 from harness.planner_text import change_line, items_table, points_table, verdict
-from harness.settings import Settings, compose_settings
+from harness.settings import Settings
 from harness.sizes import BadValue, tokens_text
+from harness.validate import compose_settings
 
 USAGE = """usage: python -m harness.plan [group=option] [key=value] [json=true]
 

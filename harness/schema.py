@@ -1,6 +1,6 @@
 """The types of every key that can be configured; Hydra checks names and types against them.
 
-Ranges and rules between keys are checked in :mod:`harness.settings`.
+Ranges and rules between keys are checked in :mod:`harness.validate`.
 """
 
 from __future__ import annotations

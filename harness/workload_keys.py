@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
+from typing import TYPE_CHECKING, Any
 
 from harness.sizes import BadValue, parse_tokens
 from harness.trace_file import MAX_REQUESTS, SAMPLE, read_trace
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 KINDS = ("fill", "batch", "trace", "churn")
 # Tokens are accounted and pages touched, not written; nothing is timed.
@@ -26,6 +27,8 @@ def workload_keys(conf: DictConfig) -> dict[str, Any]:
     BadValue
         One line: key, value and what is allowed; for a trace, the line of the file too.
     """
+    from omegaconf import OmegaConf
+
     found = OmegaConf.to_container(conf, resolve=True)
     assert isinstance(found, dict)
     keys: dict[str, Any] = {str(k): v for k, v in found.items()}
