@@ -117,7 +117,7 @@ def figure_precision(rows: pd.DataFrame) -> Figure:
     figure = style.new_figure(0.6 + (0.45 + 0.2 * len(bars)) * 3, 3)
     for axes, (metric, (label, factor)) in zip(figure.axes, PRECISION_METRICS.items(), strict=True):
         for y, one in enumerate(bars):
-            value = one.rows[metric].median() * factor
+            value = one.rows[metric].dropna().median() * factor
             colour, _ = style.look(one.strategy)
             axes.barh(y, value if known(value) else 0, 0.7, color=colour, zorder=2)
             axes.annotate(

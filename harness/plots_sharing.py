@@ -49,7 +49,7 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     ours = [(s.label, s.rows) for s in series(own)]
     heights = [len(ours) + 0.8, len(PAPER) + 0.8, len(ours) + 0.8]
     figure = style.new_figure(1.5 + 0.17 * sum(heights), 3, gridspec_kw={"height_ratios": heights})
-    shares = [[part[c].median() for c in SHARES] for _, part in ours]
+    shares = [[part[c].dropna().median() for c in SHARES] for _, part in ours]
     _share_bars(figure.axes[0], [label for label, _ in ours], shares)
     figure.axes[0].set_title("here", loc="left")
     percents = [[None if v is None else v / 100 for v in values] for values in PAPER.values()]
@@ -59,7 +59,7 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     axes = figure.axes[2]
     for y, (label, part) in enumerate(ours):
         colour, _ = style.look(part["strategy"].iloc[0])
-        admitted = part["sequences_admitted"].median()
+        admitted = part["sequences_admitted"].dropna().median()
         axes.barh(y, admitted if known(admitted) else 0, 0.7, color=colour, zorder=2)
         text = f"{admitted:,.0f}" if known(admitted) else "no figure"
         axes.annotate(
