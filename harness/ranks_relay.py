@@ -43,7 +43,7 @@ class World:
 
         self.here = here
         # As torch finds each other's processes: MASTER_ADDR, MASTER_PORT, or torchrun's own store.
-        self.store, _, _ = next(rendezvous("env://", here.rank, here.world_size, RENDEZVOUS))
+        self.store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS))
         self._jobs = [0] * here.world_size
 
     @property
