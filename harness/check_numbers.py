@@ -16,7 +16,18 @@ PLANNER_TOLERANCE = 0.01
 BRACKET_WIDTH = 0.001
 SAMPLES_TOLERANCE = 1e-6
 # What makes two trials repeats of one another: everything but these.
-ALSO_OF_A_CELL = ("purpose", "strategy_options", "growth", "release")
+ALSO_OF_A_CELL = (
+    "purpose",
+    "strategy_options",
+    "growth",
+    "release",
+    "hybrid",
+    "read_weights",
+    "fault",
+    "parallel",
+    "context_ranks",
+    "trace_file",
+)
 NOT_OF_A_CELL = {"run_id", "trial_id", "pair_id", "repeat", "started_utc", "seed"}
 
 

@@ -15,7 +15,6 @@ from harness.plots_costs import (
     figure_granularity,
     figure_precision,
     figure_remedies,
-    figure_scaling,
 )
 from harness.plots_engines import figure_mem_fraction, figure_root_cause
 from harness.plots_memory import figure_memory
@@ -50,7 +49,6 @@ TITLES = {
     "granularity": "Page, block and chunk size",
     "precision": "FP8 against BF16",
     "remedies": "How far each remedy moves the OOM points, and its price",
-    "scaling": "More ranks",
     "capacity_over_ranks": "Capacity and decode step by number of ranks",
 }
 
@@ -121,7 +119,6 @@ def _plan(
     fractions = rows[rows["strategy"].eq("static") & rows["mem_fraction"].notna()]
     asked = fractions.groupby(["model", "context_tokens"])["mem_fraction"].transform("nunique")
     fractions = fractions[asked > 1]
-    ranks = rows[["world_size", "emulated_ranks"]].drop_duplicates()
     waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
     scaled = of("scaling")
     return [
@@ -135,6 +132,5 @@ def _plan(
         ("granularity", not of("granularity").empty, lambda: figure_granularity(of("granularity"))),
         ("precision", not precision.empty, lambda: figure_precision(precision)),
         ("remedies", not of("remedies").empty, lambda: figure_remedies(summary)),
-        ("scaling", len(ranks) > 1 and scaled.empty, lambda: figure_scaling(rows)),
         ("capacity_over_ranks", not scaled.empty, lambda: figure_capacity_over_ranks(scaled)),
     ]

@@ -1,4 +1,4 @@
-"""What a choice costs: granularity, precision, remedies, ranks."""
+"""What a choice costs: granularity, precision, remedies."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
@@ -15,9 +14,9 @@ from harness import style
 from harness.plots_throughput import ATTENTION_ONLY, SPEED_OF_SCALE_MODEL
 from harness.runs import lookup, trials
 from harness.series import is_scale_model, scale, series
-from harness.sizes import GIB, MIB
+from harness.sizes import MIB
 from harness.tables import strategies
-from harness.tabular import figure_of, known, short_tokens
+from harness.tabular import figure_of, known
 
 GRAINS = {
     "page_tokens": "page, tokens",
@@ -208,54 +207,6 @@ def _price(one: dict[str, Any]) -> str:
     last = max(timed, key=lambda d: float(d["resident_tokens"]), default={})
     rate = figure_of(last.get("attention_decode_tokens_per_second"), 3)
     return f"{rate} at {float(last['resident_tokens']) / 1e6:.3g}M" if last else "not timed"
-
-
-@style.styled
-def figure_scaling(rows: pd.DataFrame) -> Figure:
-    """Draw what more ranks bring: resident tokens, decode rate and bytes a rank.
-
-    Parameters
-    ----------
-    rows : pandas.DataFrame
-        Rows of trials on one and on several ranks.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-    """
-    own = trials(rows)
-    own = own.assign(_ranks=own[["world_size", "emulated_ranks"]].max(axis=1))
-    own["_gib"] = own["peak_device_bytes"] * scale(own) / GIB
-    panels = {
-        "resident_tokens": "resident\ntokens",
-        "attention_decode_tokens_per_second": "decode, tokens/s\n(attention only)",
-        "_gib": "peak of a\nrank, GiB",
-    }
-    figure = style.new_figure(4.2, 3, sharex=True)
-    handles: dict[str, Line2D] = {}
-    leave = ("world_size", "emulated_ranks")
-    for axes, (column, label) in zip(figure.axes, panels.items(), strict=True):
-        _ranks_panel(axes, own, column, handles, leave)
-        axes.set_ylabel(label)
-        axes.set_ylim(0, axes.dataLim.y1 * 1.12 or 1)
-    figure.axes[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: short_tokens(y)))
-    figure.axes[-1].set_xlabel("ranks (real or emulated)")
-    figure.axes[-1].set_xscale("log", base=2)
-    figure.axes[-1].xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    style.legend(figure, list(handles.values()), columns=1)
-    style.badge(figure, SPEED_OF_SCALE_MODEL if is_scale_model(own) else ATTENTION_ONLY)
-    return figure
-
-
-def _ranks_panel(
-    axes: Axes, own: pd.DataFrame, column: str, handles: dict[str, Line2D], leave: tuple[str, ...]
-) -> None:
-    for one in series(own, ("context_tokens", "fill"), leave):
-        look = _look(one.strategy, one.turn)
-        ok = one.rows[(one.rows["status"] == "ok") & one.rows[column].notna()]
-        middle = ok[column].groupby(ok["_ranks"]).median()
-        axes.plot(middle.index, middle, **look)
-        handles.setdefault(one.label, Line2D([], [], label=style.plain(one.label), **look))
 
 
 def _look(strategy: str, turn: int) -> dict[str, Any]:

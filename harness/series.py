@@ -32,6 +32,11 @@ VARIATIONS = (
     "kernel_variant",
     "growth",
     "release",
+    "hybrid",
+    "read_weights",
+    "fault",
+    "parallel",
+    "context_ranks",
     "world_size",
     "emulated_ranks",
 )

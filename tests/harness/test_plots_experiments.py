@@ -11,7 +11,6 @@ from harness.plots_costs import (
     figure_granularity,
     figure_precision,
     figure_remedies,
-    figure_scaling,
 )
 from harness.plots_engines import figure_mem_fraction, figure_root_cause, items_of
 from harness.plots_sharing import SHARES, figure_fragmentation, figure_waste
@@ -125,13 +124,9 @@ def test_granularity_holds_other_sizes_while_one_varies():
     assert list(by_label["page, tokens"].get_xdata()) == [16, 128]
 
 
-def test_precision_and_ranks_draw_a_mark_for_each_input():
+def test_precision_draws_a_mark_for_each_input():
     rows = [cell("paged", 1_000_000, 1.0, kv_dtype=d) for d in ("fp8_e4m3", "bf16")]
     assert [len(axes.patches) for axes in figure_precision(frame(rows)).axes] == [2, 2, 2]
-    ranks = [cell("paged", 1_000_000, 1.0, emulated_ranks=n, world_size=n) for n in (1, 2, 8)]
-    assert [list(a.lines[0].get_xdata()) for a in figure_scaling(frame(ranks)).axes] == [
-        [1, 2, 8]
-    ] * 3
 
 
 def test_remedies_draw_every_point_of_every_configuration():
