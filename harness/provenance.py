@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -21,6 +22,7 @@ PACKAGES = (
 ).split()
 ENVIRONMENT_PREFIXES = ("CUDA_", "PYTORCH_", "TRITON_", "NCCL_")
 MAX_DIFF_BYTES = 1 << 20
+EXPORTED = ".git_archival.txt"
 
 
 def now_utc() -> str:
@@ -89,7 +91,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit, dirty flag and diff of the checkout that runs; empty outside one."""
+    """Commit, dirty flag and diff of the checkout that runs, or the commit that was exported."""
     root = Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
@@ -99,18 +101,27 @@ def git_state() -> dict[str, Any]:
 
     try:
         if Path(git("rev-parse", "--show-toplevel").strip()) != root:
-            return {}
+            return _exported(root)
         commit = git("rev-parse", "HEAD").strip()
         diff = git("diff", "HEAD", "--", ".", ":!results")
         dirty = git("status", "--porcelain", "--", ".", ":!results").strip()
     except (OSError, subprocess.SubprocessError):
-        return {}
+        return _exported(root)
     return {
         "commit": commit,
         "dirty": bool(dirty),
         "diff_sha": hashlib.sha256(diff.encode()).hexdigest()[:16] if diff else "",
         "diff": diff if 0 < len(diff) <= MAX_DIFF_BYTES else "",
     }
+
+
+def _exported(root: Path) -> dict[str, Any]:
+    """The commit of a ``git archive``, which writes it into a file; empty without one."""
+    try:
+        found = re.search(r"^node: ([0-9a-f]{40})$", (root / EXPORTED).read_text(), re.MULTILINE)
+    except OSError:
+        return {}
+    return {"commit": found[1], "dirty": False, "exported": True} if found else {}
 
 
 def gpus() -> list[dict[str, Any]]:
