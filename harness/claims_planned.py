@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from harness.evidence import CONDITIONAL, REFUTED, SUPPORTED, Evidence, Verdict
 from harness.forecast import points
+from harness.model_spec import known_model
 from harness.options import engine_model
 from harness.ranks_scaling import Gain
 from harness.ranks_scaling import gains as rank_gains
+from harness.schema import StaticConf
 from harness.settings import Settings
 from harness.validate import compose_settings
 from strategies.engine_model import nvml_total_mib
@@ -24,9 +26,16 @@ LISTED_MODELS = ("llama4_scout", "qwen3_30b_a3b", "qwen3_next_80b")
 
 
 @functools.cache
-def _planned(*words: str) -> Settings:
-    """Settings for the planner; composing them is what takes long, so each is made once."""
-    return compose_settings(["hardware=h200", "context=1G", *words], planning=True)
+def _report() -> Settings:
+    """The report's model in pages on an H200: composed once, the others are variants of it."""
+    return compose_settings(["hardware=h200", "context=1G", "strategy=paged"], planning=True)
+
+
+@functools.cache
+def _listed(model: str) -> Settings:
+    """One of the models that the report lists, likewise."""
+    report = _report()
+    return replace(report, model=known_model(model, report.parallel.tp))
 
 
 def reserve_formula(evidence: Evidence) -> Verdict:
@@ -51,7 +60,7 @@ def reserve_formula(evidence: Evidence) -> Verdict:
 
 def _reserved_mib(version: str, chunk: int, graph_bs: int) -> float:
     """``1 - mem_fraction_static`` of an H200, in MiB, at 8 ranks."""
-    settings = _planned("strategy=sglang", "model=report")
+    settings = _report()
     total = settings.hardware.total_bytes
     model = replace(engine_model(settings), tensor_parallel=8)
     flags = SGLangFlags(version=version, chunked_prefill_size=chunk, cuda_graph_max_bs=graph_bs)
@@ -60,7 +69,9 @@ def _reserved_mib(version: str, chunk: int, graph_bs: int) -> float:
 
 def weight_offload(evidence: Evidence) -> Verdict:
     """C15: tokens that a static pool gains when no weights are on the device."""
-    settings = _planned("strategy=static", "model=report")
+    options = asdict(StaticConf())
+    options.pop("name")
+    settings = replace(_report(), strategy="static", options=options)
     here = points(settings).startup.ok or 0
     bare = replace(settings, model=replace(settings.model, weights_bytes=1))
     largest = points(bare).startup.ok or 0
@@ -95,9 +106,11 @@ def context_parallelism(evidence: Evidence) -> Verdict:
         return _measured_gain(evidence, ran)
     gains, copies = {}, {}
     for model in LISTED_MODELS:
-        settings = _planned(f"model={model}", "strategy=paged")
+        settings = _listed(model)
         tp = points(settings).resident.ok or 0
-        split = replace(settings, parallel=_planned("parallel=context").parallel)
+        heads = settings.parallel
+        pages = replace(heads, kind="context", context_ranks=heads.ranks)
+        split = replace(settings, parallel=pages)
         per_rank = points(split).resident.ok or 0
         gains[model] = per_rank * split.parallel.context_ranks / tp if tp else 0.0
         copies[model] = max(1.0, settings.parallel.tp / settings.model.kv_heads_total)
@@ -127,7 +140,7 @@ def fp8_cost(evidence: Evidence) -> Verdict:
     """C20: K/V bytes a token on each of 8 ranks, for every listed model and both dtypes."""
     cost: dict[tuple[str, str], float] = {}
     for model in LISTED_MODELS:
-        settings = _planned(f"model={model}", "strategy=paged")
+        settings = _listed(model)
         for dtype in ("fp8_e4m3", "bf16"):
             stored = replace(settings, model=replace(settings.model, kv_dtype=dtype))
             cost[model, dtype] = stored.full_model().token_bytes / 1024

@@ -88,6 +88,20 @@ def scaled(model: KVModel) -> KVModel:
     return KVModel(model.name, tuple(groups))
 
 
+def known_model(name: str, ranks: int) -> ModelSpec:
+    """A model of conf/model/ as it stands there, without composing a whole configuration."""
+    from omegaconf import DictConfig, OmegaConf
+
+    from harness.compose import conf_dir
+    from harness.schema import ModelConf
+
+    loaded = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    loaded.pop("defaults")
+    conf = OmegaConf.merge(OmegaConf.structured(ModelConf), loaded)
+    assert isinstance(conf, DictConfig)
+    return model_spec(conf, ranks)
+
+
 def model_spec(conf: DictConfig, ranks: int) -> ModelSpec:
     """The model of a configuration, checked.
 
