@@ -96,6 +96,7 @@ def known_model(name: str, ranks: int) -> ModelSpec:
     from harness.schema import ModelConf
 
     loaded = OmegaConf.load(conf_dir() / "model" / f"{name}.yaml")
+    assert isinstance(loaded, DictConfig)
     loaded.pop("defaults")
     conf = OmegaConf.merge(OmegaConf.structured(ModelConf), loaded)
     assert isinstance(conf, DictConfig)
