@@ -20,14 +20,17 @@ from harness.validate import settings_of
 MAX_ARMS = 200
 
 
-def settings_of_command(overrides: Sequence[str], multirun: bool) -> list[Settings]:
+def settings_of_command(
+    overrides: Sequence[str], multirun: bool, planning: bool = False
+) -> list[Settings]:
     """Every arm's settings, in order, none twice; raises :class:`BadValue`."""
     found: list[Settings] = []
     for job in expand(overrides, multirun):
         config = compose_config(job)
         # Rows of earlier runs need no arms.
         for words in [job] if config.claims["from"] is not None else arms_of(config, job):
-            settings = settings_of(config if words == job else compose_config(words), words)
+            composed = config if words == job else compose_config(words)
+            settings = settings_of(composed, words, planning)
             if settings not in found:
                 found.append(settings)
     if len(found) > 1 and any(s.claims_from for s in found):

@@ -35,8 +35,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if shown:
             return hydra_flags.show(words)
         from harness.arms import settings_of_command
+        from harness.cluster import launch, split_words
         from harness.ranks_relay import joined_world, run_as
 
+        overrides, launcher = split_words(overrides)
+        if launcher:
+            if not multirun:
+                raise BadValue("hydra/launcher", " ".join(launcher), "only together with -m")
+            return launch(overrides, launcher, words)
         settings = settings_of_command(overrides, multirun)
         with joined_world() as world:
             return run_as(world, settings, lambda: _run(settings, words))

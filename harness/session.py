@@ -39,12 +39,21 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     with device_lock(*devices):
         folder, resumed = find_or_create(results, experiment, digest)
         _announce(folder, settings, resumed)
-        _begin(folder, settings, words, experiment)
+        begin(folder, settings, words, experiment)
         if settings[0].claims_from:
             folder.add(without(earlier, folder.rows))
         else:
             _measure(folder, settings)
-        return _finish(folder, settings)
+        return finish(folder, settings)
+
+
+def run_job(folder: RunFolder, settings: Settings, words: list[str]) -> None:
+    """The trials of one job of a sweep over a cluster, into a folder of its own."""
+    forecast.check(settings)
+    begin(folder, [settings], words, settings.experiment)
+    _measure(folder, [settings])
+    ended = {"gpus_after": provenance.gpus(), "finished_utc": provenance.now_utc()}
+    folder.write_json("manifest.json", folder.manifest() | ended)
 
 
 def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> None:
@@ -65,7 +74,8 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
     print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))
 
 
-def _begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
+def begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
+    """Write the manifest and the resolved configuration; an attempt more when it is resumed."""
     manifest = folder.manifest()
     if manifest:
         manifest["attempts"] += [provenance.attempt()]
@@ -95,7 +105,8 @@ def _measure(folder: RunFolder, settings: list[Settings]) -> None:
         progress.close()
 
 
-def _finish(folder: RunFolder, settings: list[Settings]) -> bool:
+def finish(folder: RunFolder, settings: list[Settings]) -> bool:
+    """Sum up, draw and tell; whether no trial ended by a fault of the harness."""
     from harness.claims import decide
     from harness.outcome import draw, tell
 
