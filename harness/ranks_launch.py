@@ -78,7 +78,7 @@ class LocalRank:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.PIPE,
                 start_new_session=True,
-                env=child_environment() | _network(store_host),
+                env=_threads(place.world_size) | child_environment() | _network(store_host),
             )
 
     def records(self) -> list[Record]:
@@ -119,6 +119,11 @@ def _cell_of(cell: Cell, place: Place, index: int) -> Cell:
     hardware = replace(cell.settings.hardware, index=index)
     settings = replace(cell.settings, hardware=hardware)
     return replace(cell, settings=settings, context_index=place.context_index)
+
+
+def _threads(world_size: int) -> dict[str, str]:
+    """Ranks of one machine share its cores, as under torchrun, unless the user says otherwise."""
+    return {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // world_size))}
 
 
 def _network(store_host: str) -> dict[str, str]:
