@@ -67,25 +67,25 @@ class DecodeConfig:
     segment_cost_blocks: float = 1.0
 
 
-# (head_dim, kv_dtype) -> block_tokens, num_stages, programs_per_sm with N = 16 and with N = 32
+# (head_dim, kv_dtype) -> block_tokens, num_stages, (programs_per_sm, num_warps) with N = 16 and 32
 _TMA = {
-    (64, "fp8_e4m3"): (128, 5, 4, 3),
-    (128, "fp8_e4m3"): (128, 5, 2, 2),
-    (256, "fp8_e4m3"): (64, 5, 2, 2),
-    (64, "bf16"): (128, 5, 2, 2),
-    (128, "bf16"): (64, 5, 2, 2),
-    (256, "bf16"): (64, 5, 1, 1),
+    (64, "fp8_e4m3"): (128, 5, (4, 4), (3, 4)),
+    (128, "fp8_e4m3"): (128, 5, (2, 4), (2, 4)),
+    (256, "fp8_e4m3"): (64, 5, (2, 4), (2, 4)),
+    (64, "bf16"): (128, 5, (2, 4), (2, 4)),
+    (128, "bf16"): (64, 5, (2, 4), (2, 4)),
+    (256, "bf16"): (64, 5, (1, 4), (1, 4)),
 }
 _POINTER = {
-    (64, "fp8_e4m3"): (128, 4, 3, 3),
-    (128, "fp8_e4m3"): (128, 4, 2, 2),
-    (256, "fp8_e4m3"): (64, 4, 2, 2),
-    (64, "bf16"): (128, 4, 2, 2),
-    (128, "bf16"): (64, 4, 2, 2),
-    (256, "bf16"): (64, 4, 1, 1),
+    (64, "fp8_e4m3"): (128, 4, (3, 4), (2, 4)),
+    (128, "fp8_e4m3"): (128, 4, (2, 4), (2, 4)),
+    (256, "fp8_e4m3"): (64, 4, (2, 4), (1, 8)),
+    (64, "bf16"): (128, 4, (2, 4), (2, 4)),
+    (128, "bf16"): (64, 4, (2, 4), (2, 4)),
+    (256, "bf16"): (64, 4, (1, 4), (1, 4)),
 }
 # Short contexts end before a deep pipeline fills: more programs with fewer buffers start sooner.
-_TMA_SHORT = {(128, "fp8_e4m3"): (128, 3, 3, 2)}
+_TMA_SHORT = {(128, "fp8_e4m3"): (128, 3, (3, 4), (2, 4))}
 SHORT_TOKENS = 1 << 19
 BLOCKS_AHEAD = 2  # per program: 17 MB of an H200's 60 MB L2
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
@@ -164,13 +164,15 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     if tma and context_tokens * geometry.kv_heads <= SHORT_TOKENS:
         chosen = _TMA_SHORT.get(shape, chosen)
     n = padded_group(geometry.group)
+    block, stages, narrow, wide = chosen
+    programs, warps = narrow if n == 16 else wide
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
         n=n,
-        block_tokens=chosen[0],
-        num_warps=4,
-        num_stages=chosen[1],
-        programs_per_sm=chosen[2] if n == 16 else chosen[3],
+        block_tokens=block,
+        num_warps=warps,
+        num_stages=stages,
+        programs_per_sm=programs,
         blocks_ahead=BLOCKS_AHEAD if tma else 0,
     )
 

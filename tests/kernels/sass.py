@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,10 @@ class Compiled:
     def count(self, opcode: str) -> int:
         """Instructions whose name is ``opcode``, with any modifiers: ``count("QGMMA")``."""
         return sum(n for name, n in self.opcodes.items() if name.split(".")[0] == opcode)
+
+    def summary(self) -> Compiled:
+        """The same without the compiler's artefacts, so that it can cross processes."""
+        return replace(self, grid=None, asm=None)
 
     @property
     def warnings(self) -> list[str]:
