@@ -144,11 +144,12 @@ def _cause(failed: list[Row], failure: Failure | None) -> Row | None:
     return min(failed, key=_place_of_failure, default=None)
 
 
-def _place_of_failure(row: Row) -> tuple[int, int, int]:
-    """What failed first: by phase, then by tokens held, then by rank."""
+def _place_of_failure(row: Row) -> tuple[int, int, int, int]:
+    """What failed first: by phase, then by tokens held, by what was free, and by rank."""
     phase = row.get("oom_phase")
     at = PHASES.index(phase) if phase in PHASES else len(PHASES)
-    return at, int(row.get("resident_tokens") or 0), int(row["rank"])
+    held, free = (int(row.get(c) or 0) for c in ("resident_tokens", "oom_free_bytes"))
+    return at, held, free, int(row["rank"])
 
 
 def _shared(cause: Row) -> Row:

@@ -102,7 +102,7 @@ class Trial:
             self._end_all(pending, {"status": ENDED_BY_PEER})
         except Exception as error:
             found = self._memory_ran_out(error)
-            if found is None and self.team.broken():
+            if found is None and self.group is not None and self.team.broken():
                 found = {"status": ENDED_BY_PEER}
             if found is None:
                 raise

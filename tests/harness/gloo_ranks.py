@@ -1,0 +1,150 @@
+"""Decode of several gloo ranks against one rank's float64: run by test_parallel, once for all.
+
+Torch is imported once; the ranks are forked, so that eight of them start in a moment.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+from harness.ranks import Place, global_position, share_tokens
+from harness.ranks_group import Collectives, Sizes
+from harness.ranks_step import Exchange, make_buffers, project
+from kernels import ops
+from kernels.reference import attention, dequantise, quantise
+from kernels.view import Geometry
+from strategies.device_host import HostDevice
+from strategies.model import KVModel, LayerGroup
+from strategies.paged import Paged
+
+Q_HEADS, KV_HEADS, DIM = 8, 2, 64
+LENGTHS = (1500, 1157)  # eight ranks have a page each, some a part of one
+LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (2, 4), (1, 8))
+
+
+def content(sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V ``[tokens, KV_HEADS, DIM]`` of one sequence, over all ranks."""
+    generator = torch.Generator().manual_seed(sequence)
+    shape = (LENGTHS[sequence], KV_HEADS, DIM)
+    return tuple(torch.randn(shape, generator=generator).to(torch.bfloat16) for _ in range(2))
+
+
+def queries() -> torch.Tensor:
+    q = torch.randn((len(LENGTHS), Q_HEADS, DIM), generator=torch.Generator().manual_seed(7))
+    return q.to(torch.float8_e4m3fn)
+
+
+def one_rank(stored: bool) -> torch.Tensor:
+    """Float64 attention over every token and head, of the stored codes or of the values."""
+    outs = []
+    for sequence, q in enumerate(queries()):
+        k, v = content(sequence)
+        if stored:
+            k, v = (dequantise(quantise(x, 1.0, "fp8_e4m3"), 1.0) for x in (k, v))
+        out, _ = attention(q[None].double(), k.double(), v.double(), DIM**-0.5)
+        outs.append(out[0].flatten())
+    return torch.stack(outs)
+
+
+def local_heads(place: Place) -> tuple[int, int]:
+    """Number of this rank's KV heads, and the first of them; copies when ranks exceed heads."""
+    heads = max(1, KV_HEADS // place.tensor_ranks)
+    return heads, place.tensor_index * KV_HEADS // place.tensor_ranks
+
+
+def filled(place: Place) -> Paged:
+    """The rank's own strategy with its share of both sequences."""
+    heads, first = local_heads(place)
+    geometry = Geometry(1, heads, Q_HEADS // place.tensor_ranks, DIM)
+    model = KVModel("test", (LayerGroup("full", geometry, 2),))
+    strategy = Paged(HostDevice(1 << 24), model, 4096, len(LENGTHS))
+    strategy.start()
+    for sequence, length in enumerate(LENGTHS):
+        own = share_tokens(length, 128, place.context_ranks, place.context_index)
+        at = [global_position(i, 128, place.context_ranks, place.context_index) for i in range(own)]
+        strategy.open(sequence, 4096)
+        strategy.extend(sequence, own)
+        k, v = (x[at, first : first + heads] for x in content(sequence))
+        ops.append_run(strategy.batch([sequence])[0], 0, k, v, 0, 0)
+    return strategy
+
+
+def step(place: Place) -> torch.Tensor:
+    """One decode step: attention, merge over pages, sum over heads; ``[S, hidden]``."""
+    strategy = filled(place)
+    view = strategy.batch(range(len(LENGTHS)))[0]
+    width = Q_HEADS // place.tensor_ranks
+    q = queries()[:, place.tensor_index * width :][:, :width].contiguous()
+    out, lse = ops.decode(view, 0, q, ops.plan_decode(view))
+    hidden = Q_HEADS * DIM
+    sizes = Sizes(len(LENGTHS), width, DIM, hidden, 1, place.tensor_ranks, place.context_ranks)
+    group = Collectives(SimpleNamespace(place=place), "cpu")
+    exchange = Exchange(group, sizes, make_buffers(view, sizes, group.context_size, None))
+    merged, _ = exchange.merge(out, lse)
+    project(merged, place.tensor_index, exchange.buffers.hidden)
+    return exchange.reduce()
+
+
+def rank_process(place: Place, store: Path, result: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timedelta(seconds=60),
+    )
+    torch.save(step(place), result)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_layout(tensor: int, context: int, folder: Path) -> list[torch.Tensor]:
+    """Every rank's reduced output."""
+    world = tensor * context
+    results = [folder / f"out{rank}.pt" for rank in range(world)]
+    children = []
+    for rank in range(world):
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                place = Place(rank, world, tensor, context)
+                rank_process(place, folder / "store", results[rank])
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        children.append(child)
+    statuses = [os.waitpid(child, 0)[1] for child in children]
+    if any(statuses):
+        raise SystemExit(f"{tensor} x {context}: a rank failed: {statuses}")
+    return [torch.load(path) for path in results]
+
+
+def relative(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    stored, values = one_rank(stored=True), one_rank(stored=False)
+    for tensor, context in LAYOUTS:
+        own = folder / f"{tensor}x{context}"
+        own.mkdir()
+        for out in run_layout(tensor, context, own):
+            print(tensor, context, relative(out, stored), relative(out, values))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    main(Path(sys.argv[1]))
