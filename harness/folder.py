@@ -210,8 +210,11 @@ def _sample_of(line: str) -> str:
 
 
 def _cell_text(value: object) -> object:
+    """A field of a CSV: a row is one line, so that half of one is seen."""
     if value is None:
         return ""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else " " for c in value)
     return repr(value) if isinstance(value, float) else value
 
 
