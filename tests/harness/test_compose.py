@@ -1,0 +1,127 @@
+"""From words to configurations: sweeps, arms of experiments, and what Hydra complains of."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from harness.arms import arms_of, settings_of_command
+from harness.compose import compose_config, expand, options
+from harness.sizes import BadValue
+
+HOST = "hardware=scale_model"
+
+
+def test_groups_offer_their_files():
+    assert options("strategy") == ["eager_pages", "paged", "sglang", "static", "vllm"]
+    assert {"report", "qwen3_30b_a3b", "llama4_scout", "qwen3_next_80b"} <= set(options("model"))
+
+
+def test_a_sweep_is_the_product_of_its_lists():
+    jobs = expand(["strategy=static,paged", "context=1M,2M", "seed=3"], multirun=True)
+    assert jobs == [
+        ["strategy=static", "context=1M", "seed=3"],
+        ["strategy=static", "context=2M", "seed=3"],
+        ["strategy=paged", "context=1M", "seed=3"],
+        ["strategy=paged", "context=2M", "seed=3"],
+    ]
+    assert [j[0] for j in expand(["seed=range(0,3)"], True)] == ["seed=0", "seed=1", "seed=2"]
+
+
+def test_a_list_needs_multirun():
+    with pytest.raises(BadValue, match="add -m"):
+        expand(["strategy=static,paged"], multirun=False)
+    with pytest.raises(BadValue, match="up to 1000 jobs"):
+        expand(["seed=range(0,1001)"], multirun=True)
+
+
+def test_equal_jobs_are_run_once():
+    assert len(settings_of_command([HOST, "strategy=paged,paged"], True)) == 1
+    assert len(settings_of_command([HOST, "strategy=paged,static"], True)) == 2
+
+
+def test_an_experiment_has_arms_and_the_user_the_last_word():
+    words = [HOST, "experiment=root_cause", "strategy=vllm", "context=2M"]
+    found = settings_of_command(words, False)
+    assert len(found) > 2 and {s.strategy for s in found} == {"vllm"}
+    assert {s.experiment for s in found} == {"root_cause"}
+    assert {s.contexts[-1] for s in found} == {2_000_000}
+    with pytest.raises(BadValue, match="sglang, vllm"):
+        settings_of_command([HOST, "experiment=root_cause", "strategy=paged"], False)
+
+
+def test_a_matrix_is_multiplied_with_the_arms():
+    arms = OmegaConf.create(
+        {
+            "experiment": {
+                "name": "x",
+                "matrix": {"strategy": ["static", "paged"]},
+                "arms": [["seed=1"], []],
+            }
+        }
+    )
+    assert arms_of(arms, ["context=1M"]) == [
+        ["strategy=static", "seed=1", "context=1M"],
+        ["strategy=paged", "seed=1", "context=1M"],
+        ["strategy=static", "context=1M"],
+        ["strategy=paged", "context=1M"],
+    ]
+    assert arms_of(arms, ["strategy=paged", "seed=5"]) == [["strategy=paged", "seed=5"]] * 2
+
+
+def test_verdicts_on_earlier_runs_need_no_arms():
+    found = settings_of_command([HOST, "experiment=claims", "claims.from=[a,b]"], False)
+    assert len(found) == 1 and found[0].claims_from == ("a", "b")
+    with pytest.raises(BadValue, match="without -m"):
+        settings_of_command(["claims.from=[a]", "strategy=paged,static"], True)
+
+
+def test_all_jobs_write_to_one_folder():
+    with pytest.raises(BadValue, match="one folder"):
+        settings_of_command([HOST, "results=a,b"], True)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "allowed"),
+    [
+        (["trial.timng=false"], "trial.timng", "trial.timing"),
+        (["trial={timng: false}"], "trial", "trial.timing"),
+        (["strategy=static", "strategy.growth=sync"], "strategy.growth", "strategy.slot_policy"),
+        (["sweep.brackets=maybe"], "sweep.brackets", "true or false"),
+        (["sweep.repeats=1.5"], "sweep.repeats", "a whole number"),
+        (["trial.timeout_seconds=soon"], "trial.timeout_seconds", "a number"),
+        (["results=null"], "results", "text"),
+        (["sweep=null"], "sweep", "sweep.points"),
+        (["context=${nope}"], "context", "nope"),
+        (["context=${oc.env:NOT_SET_ANYWHERE}"], "context", "NOT_SET_ANYWHERE"),
+        (["strategy.name=static"], "strategy.name", "strategy=static"),
+        (["+new=1"], "+new", "keys that exist"),
+        (["~context"], "~context", "keys that exist"),
+        (["hydra.run.dir=/tmp/x"], "hydra.run.dir", "not Hydra's"),
+        (["model@elsewhere=report"], "model@elsewhere", "model"),
+        (["context='10M"], "context", "grammar"),
+        ([""], "''", "key=value"),
+        (["context"], "context", "key=value"),
+    ],
+)
+def test_what_hydra_complains_of_is_said_in_one_line(words, key, allowed):
+    with pytest.raises(BadValue) as refused:
+        compose_config(words)
+    assert refused.value.key == key
+    assert allowed in refused.value.allowed and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "experiment.arms=3",
+        "experiment.arms=[1]",
+        "experiment.arms=[[nonsense]]",
+        "experiment.matrix=3",
+        "experiment.matrix={strategy: static}",
+        "experiment.matrix={strategy: [nonsense]}",
+    ],
+)
+def test_arms_that_are_none(word):
+    with pytest.raises(BadValue):
+        settings_of_command([HOST, word], False)

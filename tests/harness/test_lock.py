@@ -1,0 +1,122 @@
+"""One harness a device, whoever started it and whatever became of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from harness import lock
+from harness.hardware import Hardware
+from harness.lock import Busy, device_lock, lock_path
+from tests.harness.command import environment
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from harness import lock
+from tests.harness.test_lock import gpu
+lock.LOCK_DIR = Path(sys.argv[1])
+with lock.device_lock(gpu(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def gpu(uuid: str, kind: str = "cuda") -> Hardware:
+    return Hardware("auto", kind, "NVIDIA H200", 1, 1, 1, 1, 132, 0, uuid)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_DIR", tmp_path)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that measures on GPU-1."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path), "GPU-1"],
+        env=environment(TMPDIR=str(tmp_path / "elsewhere")),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_a_second_harness_is_refused_by_the_uuid(holder):
+    with pytest.raises(Busy) as refused, device_lock(gpu("GPU-1")):
+        pass
+    assert f"process {holder.pid}" in str(refused.value) and "GPU-1" in str(refused.value)
+    with device_lock(gpu("GPU-2")):
+        pass
+
+
+def test_a_killed_harness_frees_the_device(holder):
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.wait()
+    with device_lock(gpu("GPU-1")):
+        assert lock_path("GPU-1").read_text() == str(os.getpid())
+
+
+def test_all_devices_or_none(holder):
+    with pytest.raises(Busy), device_lock(gpu("GPU-0"), gpu("GPU-1")):
+        pass
+    with device_lock(gpu("GPU-0"), gpu("GPU-0"), gpu("GPU-2")):
+        pass
+
+
+def test_the_scale_model_needs_no_lock(holder, tmp_path):
+    with device_lock(gpu("GPU-1", kind="scale_model")), device_lock():
+        pass
+
+
+def test_a_name_from_a_driver_stays_in_the_folder(tmp_path):
+    assert lock_path("../../GPU 1/x").parent == tmp_path
+    with device_lock(gpu("../../GPU 1/x")):
+        pass
+
+
+def test_a_lock_file_that_cannot_be_opened_is_said_in_one_line(tmp_path):
+    lock_path("GPU-3").symlink_to(tmp_path / "target")
+    with pytest.raises(Busy, match="cannot be locked"), device_lock(gpu("GPU-3")):
+        pass
+    assert not (tmp_path / "target").exists()
+
+
+@pytest.fixture
+def somebody_else():
+    """Become a user who owns nothing, for as long as the test takes."""
+    os.setegid(65534)
+    os.seteuid(65534)
+    yield
+    os.seteuid(0)
+    os.setegid(0)
+
+
+@pytest.fixture
+def open_folder(monkeypatch):
+    """A folder like /tmp, with a lock file that root made."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o1777)
+        monkeypatch.setattr(lock, "LOCK_DIR", Path(name))
+        path = lock_path("GPU-4")
+        path.write_text("77")
+        path.chmod(0o644)
+        yield path
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_lock_file_that_is_not_ours_to_write_still_keeps_two_apart(open_folder, somebody_else):
+    held, again = device_lock(gpu("GPU-4")), device_lock(gpu("GPU-4"))
+    with held, pytest.raises(Busy, match="process 77"), again:
+        pass
+    assert open_folder.read_text() == "77"
