@@ -24,8 +24,8 @@ def test_ranks_have_their_own_rows_of_one_trial(tmp_path):
 
 
 def test_out_of_memory_on_rank_3_only(tmp_path):
-    # A prompt that fits beside a gibibyte of weights, but not beside five more that rank 3 lost.
-    words = ("context=100M", "sweep.contexts=[100M]", *hidden(5, rank=3))
+    # A sequence that three ranks hold whole, and rank 3, less what it lost, does not.
+    words = ("context=100K", "sweep.contexts=[100K]", *hidden(5, rank=3))
     rows = rows_of(ranks(4, *words, purpose="resident", fill=1.0), tmp_path)
     assert {r["status"] for r in rows} == {"oom"}
     assert {r["failed_rank"] for r in rows} == {3}
@@ -40,7 +40,7 @@ def test_out_of_memory_on_rank_3_only(tmp_path):
 
 
 def test_a_static_pool_that_does_not_fit_one_rank(tmp_path):
-    words = ("strategy=static", "context=50K", "sweep.contexts=[50K]", *hidden(2, rank=1))
+    words = ("strategy=static", "context=50K", "sweep.contexts=[50K]", *hidden(3, rank=1))
     rows = rows_of(ranks(2, *words), tmp_path)
     assert [(r["status"], r["oom_phase"]) for r in rows] == [("oom", "pool")] * 2
     assert {r["failed_rank"] for r in rows} == {1}

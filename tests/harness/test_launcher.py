@@ -1,0 +1,131 @@
+"""Sweeps through Hydra's launchers on this machine, and GPUs that two jobs never share."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from harness import cluster, lock
+from harness.cluster import first_free, split_words
+from harness.compose import compose_config
+from harness.hardware import Hardware
+from harness.runs import load_run
+from harness.sizes import BadValue
+from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
+
+SWEEP = ("-m", "strategy=static,paged", *SMALL, "fill=0", "trial.timing=false")
+GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 132, 0, "GPU-a")
+
+
+def sweep(results: Path, *words: str) -> tuple[int, str]:
+    """Run a sweep to its end; its exit status and what it said."""
+    process = start(["-m", "harness", *SWEEP, f"results={results}", *words], results.parent)
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    return process.returncode, said
+
+
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("processes", "hydra_joblib_launcher"), ("submitit", "hydra_submitit_launcher")],
+)
+def test_jobs_of_a_sweep_land_in_one_folder(launcher, plugin, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    code, said = sweep(tmp_path / "runs", f"hydra/launcher={launcher}")
+    assert code == 0, said
+    (manifest,) = tmp_path.glob("runs/*/*/manifest.json")
+    run = load_run(manifest.parent)
+    assert sorted(run.rows["strategy"]) == ["paged", "static"]
+    assert set(run.rows["run_id"]) == {manifest.parent.name}
+    assert set(run.timeline["trial_id"]) == set(run.rows["trial_id"])
+    assert set(run.summary["strategies"]) == {"paged", "static"}
+    assert len(json.loads(manifest.read_text())["jobs"]) == 2
+    assert not (manifest.parent / "jobs").exists()
+    assert processes_about(tmp_path) == []
+
+
+def test_a_job_that_fails_is_named_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):
+    words = [*SWEEP[1:], f"results={tmp_path}"]
+    own, ran = cluster.run_arm, []
+
+    def second_fails(config):
+        if int(config.arm) == 1 and len(ran) < 2:
+            path = Path(config.folder) / "jobs" / "1"
+            path.mkdir(parents=True)
+            (path / "error.txt").write_text("no such device")
+        else:
+            own(config)
+        ran.append(int(config.arm))
+
+    monkeypatch.setattr(cluster, "run_arm", second_fails)
+    command = (words, ["hydra/launcher=basic"], ["-m", *words])
+    assert cluster.launch(*command) == 1
+    assert "job 1: no such device" in capsys.readouterr().err
+    assert cluster.launch(*command) == 0
+    assert ran == [0, 1, 1]
+    (folder,) = tmp_path.glob("*/*/trials.csv")
+    assert sorted(load_run(folder.parent).rows["strategy"]) == ["paged", "static"]
+
+
+def test_hydra_launcher_needs_a_sweep(tmp_path):
+    process = start(["-m", "harness", *SMALL, "hydra/launcher=basic"], tmp_path)
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    assert process.returncode == 2
+    assert said.startswith("harness: hydra/launcher=")
+    assert said.count("\n") == 1
+
+
+def test_words_about_launchers_are_told_apart():
+    words = ["strategy=paged", "hydra/launcher=basic", "hydra.launcher.n_jobs=3"]
+    assert split_words(words) == (["strategy=paged"], words[1:])
+    assert split_words(["strategy=paged"]) == (["strategy=paged"], [])
+
+
+@pytest.mark.parametrize("words", [["hydra/launcher=pbs"], ["hydra.launcher.n_jobs=2"]])
+def test_a_launcher_that_is_not_there_is_refused(words):
+    with pytest.raises(BadValue, match="^hydra/launcher="):
+        split_words(words)
+
+
+def test_a_missing_plugin_is_named(monkeypatch):
+    monkeypatch.setattr(cluster.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(BadValue, match=r"pip install hydra-submitit-launcher"):
+        split_words(["hydra/launcher=slurm"])
+
+
+def test_every_launcher_has_a_file_and_no_user_sets_its_class():
+    names = {p.stem for p in (cluster.conf_dir() / "hydra" / "launcher").glob("*.yaml")}
+    assert names == set(cluster.PLUGINS) - {"basic"}
+    with pytest.raises(BadValue):
+        compose_config(["hydra.launcher._target_=os.system"])
+
+
+def test_two_jobs_never_share_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_DIR", tmp_path)
+    monkeypatch.setattr(cluster, "WAIT_SECONDS", 0.01)
+    gpus = [[GPU], [replace(GPU, index=1, uuid="GPU-b")]]
+    with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
+        assert first_free(first, gpus) == 0
+        assert first_free(second, gpus) == 1
+        with contextlib.ExitStack() as third:
+            found: list[int] = []
+            waiting = threading.Thread(target=lambda: found.append(first_free(third, gpus)))
+            waiting.start()
+            waiting.join(0.2)
+            assert waiting.is_alive()
+            second.close()
+            waiting.join(10)
+            assert found == [1]
+
+
+def test_a_job_of_several_ranks_takes_all_their_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_DIR", tmp_path)
+    other = replace(GPU, index=1, uuid="GPU-b")
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as more:
+        assert first_free(held, [[GPU, other]]) == 0
+        with pytest.raises(lock.Busy):
+            more.enter_context(lock.device_lock(other))

@@ -1,0 +1,95 @@
+"""The same command under torchrun: on one machine, and on two nodes of the loopback interface."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from harness.runs import load_run
+from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
+
+QUICK = (*SMALL, "parallel.ranks=2", "fill=0", "trial.timing=false")
+
+
+def torchrun(*flags: str) -> list[str]:
+    return ["-m", "torch.distributed.run", *flags, "-m", "harness", *QUICK]
+
+
+def run_folder(results: Path) -> Path:
+    (found,) = results.glob("*/*/manifest.json")
+    return found.parent
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """Two nodes of one rank each: their exit statuses, their output, and the results."""
+    folder = tmp_path_factory.mktemp("nodes")
+    common = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
+    port = str(free_port())
+    started = [
+        start(
+            [
+                *torchrun(*common, "--master-port", port, "--node-rank", str(node)),
+                "parallel=context",
+                f"results={folder / 'runs'}",
+            ],
+            folder,
+        )
+        for node in (1, 0)
+    ]
+    said = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in started]
+    return [p.returncode for p in started], said, folder
+
+
+def test_two_nodes_make_one_folder(nodes):
+    codes, said, folder = nodes
+    assert codes == [0, 0], said
+    run = load_run(run_folder(folder / "runs"))
+    rows = run.rows.sort_values("rank")
+    assert list(rows["rank"]) == [0, 1]
+    assert list(rows["status"]) == ["ok", "ok"]
+    assert rows["trial_id"].nunique() == 1
+    assert set(rows["world_size"]) == {2}
+    assert sorted(run.timeline["rank"].unique()) == [0, 1]
+
+
+def test_only_rank_0_speaks(nodes):
+    _, (second, first), _ = nodes
+    assert re.search(r"^results ", first, re.MULTILINE)
+    assert not re.search(r"^results ", second, re.MULTILINE)
+
+
+def test_summary_tells_the_spread_of_the_ranks(nodes):
+    *_, folder = nodes
+    summary = json.loads((run_folder(folder / "runs") / "summary.json").read_text())
+    assert summary["strategies"]["paged"]["ranks"]["world_size"] == 2
+
+
+def test_no_process_is_left(nodes):
+    *_, folder = nodes
+    assert processes_about(folder) == []
+
+
+def test_kill_9_of_a_rank_under_torchrun(tmp_path):
+    fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
+    process = start(
+        [*torchrun("--standalone", "--nproc-per-node", "2"), *fault, f"results={tmp_path / 'r'}"],
+        tmp_path,
+    )
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    assert process.returncode == 0, said
+    rows = load_run(run_folder(tmp_path / "r")).rows.sort_values("rank")
+    assert list(rows["status"]) == ["crash", "crash"]
+    assert list(rows["signal"]) == ["", "SIGKILL"]
+    assert set(rows["failed_rank"]) == {1}
+    assert processes_about(tmp_path) == []
