@@ -58,6 +58,7 @@ class Evidence:
             r
             for r in self.rows
             if r["strategy"] == strategy
+            and r.get("read_weights") != "offload"  # another question, asked by its own rule
             and all(_value(r, k) == v for k, v in equal.items())
             and where(r)
         ]

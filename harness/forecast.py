@@ -109,9 +109,13 @@ def with_prediction(row: Row, cell: Cell) -> Row:
         "predicted_peak_bytes": made.predicted_peak_bytes,
         "predicted_status": made.outcome,
     }
-    if cell.settings.accounts_only and cell.settings.strategy == "paged":
-        row |= {"predicted_kv_bytes": None, "predicted_peak_bytes": None}
-        made = dataclasses.replace(made, predicted_kv_bytes=row.get("kv_committed_bytes") or 0)
+    if cell.settings.accounts_only and made.started:  # what then happens is not foreseen
+        made = dataclasses.replace(made, outcome="ok")
+        row |= {"predicted_status": "ok"}
+        if cell.settings.strategy == "paged":
+            row |= {"predicted_kv_bytes": None, "predicted_peak_bytes": None}
+            held = row.get("kv_committed_bytes") or 0
+            made = dataclasses.replace(made, predicted_kv_bytes=held)
     if row["status"] not in ENDED or row.get("peak_device_bytes") is None:
         return row
     named = _deviations(row, made)

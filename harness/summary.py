@@ -13,8 +13,8 @@ SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
-    "strategy model strategy_options emulated_ranks context_ranks sequences kv_dtype page_tokens "
-    "chunk_bytes arena table_order capacity_bytes world_size parallel workload hybrid "
+    "strategy arm model strategy_options emulated_ranks context_ranks sequences kv_dtype "
+    "page_tokens chunk_bytes arena table_order capacity_bytes world_size parallel workload hybrid "
     "read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
@@ -40,7 +40,7 @@ def admitted(row: Row) -> str:
 
 
 def arms(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by arm; an arm is named by its strategy and by what tells it from the others."""
+    """Rows by arm, named by its strategy and its own name, or what tells it from the others."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(k) for k in ARM_KEYS), []).append(row)
@@ -56,6 +56,11 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     rivals = [k for k in every if k[0] == strategy and k[model] == key[model]]
     parts, same = [str(strategy)], rivals
     for i, name in enumerate(ARM_KEYS[1:], start=1):
+        if name == "arm" and key[i]:
+            same = rivals = [k for k in every if k[0] == strategy and k[i] == key[i]]
+            every = rivals
+            parts.append(str(key[i]))
+            continue
         # A model is named as soon as the run has two, so that every arm of it reads alike.
         field = every if name == "model" else same
         if len({k[i] for k in field}) > 1:
@@ -102,6 +107,7 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
         r
         for r in rows
         if r.get("resident_tokens") is not None
+        and r.get("workload_steps") is None
         and r["sequences"] == 1
         and started(r) == "ok"
         and float(r["fill"]) > 0
