@@ -36,7 +36,10 @@ def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -
         run = load_run(folder.path)
         try:
             figures = draw_run(folder.path, run.rows, run.timeline, summary)
-        except RunError as error:  # rows that no figure can show are still a result
+        except RunError as error:
+            if "cannot be drawn" not in str(error):
+                raise
+            # Rows that no figure can show are still a result.
             print(f"\nwarning  {error}")
             figures = []
         write_report_md(folder.path, run.rows, run.timeline, summary, manifest)
