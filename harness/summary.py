@@ -56,10 +56,11 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     rivals = [k for k in every if k[0] == strategy and k[model] == key[model]]
     parts, same = [str(strategy)], rivals
     for i, name in enumerate(ARM_KEYS[1:], start=1):
-        if name == "arm" and key[i]:
-            same = rivals = [k for k in every if k[0] == strategy and k[i] == key[i]]
-            every = rivals
-            parts.append(str(key[i]))
+        if name == "arm":
+            if key[i]:  # a name says it all; else only those without one are rivals
+                every = rivals = [k for k in every if k[0] == strategy and k[i] == key[i]]
+                parts.append(str(key[i]))
+            same = rivals = [k for k in rivals if k[i] == key[i]]
             continue
         # A model is named as soon as the run has two, so that every arm of it reads alike.
         field = every if name == "model" else same
