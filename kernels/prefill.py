@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from kernels.config import SM_COUNT_H200, check_geometry, check_reach
+from kernels.config import SM_COUNT_H200, check_reach
+from kernels.prefill_config import (
+    HopperConfig,
+    PrefillConfig,
+    all_prefill_configs,
+    choose,
+)
 from kernels.prefill_plan import (
     MERGE_INTS,
     SEGMENT_INTS,
@@ -19,10 +25,12 @@ from kernels.prefill_plan import (
     cut,
     scratch_sizes,
 )
-from kernels.view import PAGE_TOKENS, Geometry, View
+from kernels.view import Geometry, View
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["PrefillPlan", "all_prefill_configs", "plan_prefill", "prefill"]
 
 MAX_TOKENS = 2**31 - 1024
 MERGE_ROWS = 16  # rows that a program of the merge takes
@@ -49,7 +57,7 @@ class PrefillPlan:
     """
 
     variant: str
-    config: Any
+    config: PrefillConfig
     geometry: Geometry
     row: int
     start: int
@@ -71,74 +79,13 @@ class PrefillPlan:
     @cached_property
     def boxes(self) -> Any:  # noqa: ANN401
         """TMA descriptors, made at the first layer."""
-        if self.variant.startswith("gluon"):
+        if isinstance(self.config, HopperConfig):
             from kernels.prefill_hopper import tma_boxes
 
             return tma_boxes(self.geometry, self.arena, self.start + self.tokens)
         from kernels.prefill_portable import tma_boxes as portable_boxes
 
         return portable_boxes(self.geometry, self.arena, self.config.block_tokens)
-
-
-def gluon_fits(geometry: Geometry, window: int) -> bool:
-    """Whether the Hopper kernel is written for this shape.
-
-    A window that starts inside a page needs a mask at its front, which it does not have.
-    """
-    return (
-        geometry.kv_dtype == "fp8_e4m3"
-        and geometry.head_dim == 128
-        and geometry.page_tokens == PAGE_TOKENS
-        and window % PAGE_TOKENS == 0
-    )
-
-
-def choose(geometry: Geometry, window: int, hopper: bool, variant: str | None = None) -> Any:  # noqa: ANN401
-    """The configuration for a shape: written down, not tuned at run time.
-
-    Parameters
-    ----------
-    geometry : Geometry
-    window : int
-        First visible token.
-    hopper : bool
-        Whether the device is of compute capability 9.0.
-    variant : str, optional
-        ``gluon_3wg`` or another of its variants, or ``triton``: instead of the choice.
-
-    Raises
-    ------
-    ValueError
-        For a shape or a variant that no kernel is written for.
-    """
-    from kernels.prefill_hopper import VARIANTS
-    from kernels.prefill_portable import portable_config
-
-    check_geometry(geometry)
-    if variant is not None and variant not in (*VARIANTS, "triton"):
-        raise ValueError(f"variant={variant}: allowed are triton, {', '.join(VARIANTS)}")
-    fits = gluon_fits(geometry, window)
-    if variant in VARIANTS and not fits:
-        raise ValueError(
-            f"variant={variant}: needs fp8_e4m3, D 128, pages of {PAGE_TOKENS} tokens and a window "
-            f"that starts on a page, not {geometry.kv_dtype}, D {geometry.head_dim}, pages of "
-            f"{geometry.page_tokens} and token {window}"
-        )
-    if variant in VARIANTS or (variant is None and fits and hopper):
-        return VARIANTS[variant or "gluon_3wg"]
-    return portable_config(geometry)
-
-
-def all_prefill_configs() -> list[tuple[Geometry, Any]]:
-    """Every configuration that the chooser can pick, each with a geometry that leads to it."""
-    found: list[tuple[Geometry, Any]] = []
-    for head_dim in (64, 128, 256):
-        for kv_dtype in ("fp8_e4m3", "bf16"):
-            for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
-                geometry = Geometry(2, 2, 10, head_dim, kv_dtype, page)
-                configs = [choose(geometry, 0, hopper) for hopper in (False, True)]
-                found += [(geometry, config) for config in dict.fromkeys(configs)]
-    return found
 
 
 def plan_prefill(
@@ -164,7 +111,7 @@ def plan_prefill(
         uint8 on the arena's device, 256-byte aligned, at least
         :func:`kernels.prefill_plan.prefill_scratch_bytes`; allocated when None.
     variant : str, optional
-        A kernel instead of the chooser's; see :func:`choose`.
+        A kernel instead of the chooser's; see :func:`kernels.prefill_config.choose`.
 
     Raises
     ------
@@ -291,7 +238,7 @@ def prefill(
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     if sm_scale is None:
         sm_scale = g.head_dim**-0.5
-    if plan.variant.startswith("gluon"):
+    if isinstance(plan.config, HopperConfig):
         from kernels.prefill_hopper import launch
     else:
         from kernels.prefill_portable import launch

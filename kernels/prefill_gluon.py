@@ -1,19 +1,22 @@
-"""Hopper prefill in Gluon: FP8, D = 128, pages of 128 tokens. One persistent program per SM.
+"""The Hopper prefill kernel in Gluon: FP8, D = 128, pages of 128 tokens; one program per SM.
 
 A producer warp brings K and V tiles by TMA; three warpgroups of 64 query rows each share every tile
 (192 rows a tile), and the hardware interleaves them: while one waits for the tensor cores, the
 others do their softmax.
 
-* K's 128 token rows are permuted on their way in by a five-dimensional TMA box, so that P leaves the
-  first product in the very registers from which the second reads it; the stored layout is plain.
+* K's 128 token rows are permuted on their way in by a five-dimensional TMA box, so that P leaves
+  the first product in the very registers from which the second reads it; the stored layout is
+  plain.
 * P is scaled by 2^8 before it becomes E4M3, by adding 8 to the exponent.
-* Two levels of accumulation: P.V of ``FOLD`` tiles is summed in the tensor cores (14 bits), which is
-  then added to a float32 sum in shared memory. ``FOLD = 0``: every tile's is added in registers.
-* The row sums l come from the tensor cores too (P times ones), so that they sum the rounded P.
-* Tiles that need a mask (the diagonal, the window's first) come first, the clear ones after them.
+* Two levels of accumulation: every tile's P V starts from zero in the tensor cores (14 bits) and is
+  added to the float32 accumulator with its rescale.
+* Tiles that need a mask (the diagonal) come first, the clear ones after them.
 * V of the chunk's last tile is read through a descriptor that ends at the last token, so that TMA
   writes zeros for the unwritten tail: 0 x NaN never happens, at no cost to the loop.
 """
+
+# A kernel's arguments carry no Python types.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -27,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from kernels.prefill_asm import exp2, exp2_e4m3, less_lane_columns, rescale, to_e4m3
+from kernels.prefill_asm import exp2, exp2_e4m3, exp2_some, less_lane_columns, to_e4m3
 
 SEGMENT = gl.constexpr(8)  # int32 of one segment of the work cut
 
@@ -35,11 +38,8 @@ TILE = gl.constexpr(gl.NVMMASharedLayout(128, 8, 2))
 TILE_3D = gl.constexpr(gl.NVMMASharedLayout(128, 8, 3))
 TILE_5D = gl.constexpr(gl.NVMMASharedLayout(128, 8, 5))
 MMA = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))
-MMA_8 = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32]))
 OPERAND = gl.constexpr(gl.DotOperandLayout(0, MMA.value, 4))
-OPERAND_8 = gl.constexpr(gl.DotOperandLayout(0, MMA_8.value, 4))
 ROW = gl.constexpr(gl.SliceLayout(1, MMA.value))
-ROW_8 = gl.constexpr(gl.SliceLayout(1, MMA_8.value))
 COLUMN = gl.constexpr(gl.SliceLayout(0, MMA.value))
 Q_LOAD = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
 # A thread's four partial row sums of two rows, when they are summed in registers.
@@ -48,27 +48,15 @@ PARTIAL = gl.constexpr(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
     )
 )
-# The accumulator in shared memory: thread-major, 16 bytes a thread, so that nobody conflicts.
-SUMS = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 1, [2, 1, 0]))
-SUMS_REGISTERS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0], [8, 0, 0]],
-        [[0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 8, 0], [0, 16, 0]],
-        [[0, 32, 0], [0, 64, 0]],
-        [],
-        [16, 128, 4],
-    )
-)
 
 
 @aggregate
 class Buffers:
-    """Shared memory of one program: tiles, sums, and the barriers that say who may touch them."""
+    """Shared memory of one program: tiles, and the barriers that say who may touch them."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
-    sums: gl.shared_memory_descriptor
     ones: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
@@ -76,11 +64,10 @@ class Buffers:
     arguments: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, sums, ones, k_full, v_full, empty, arguments):
+    def __init__(self, q, k, v, ones, k_full, v_full, empty, arguments):
         self.q = q
         self.k = k
         self.v = v
-        self.sums = sums
         self.ones = ones
         self.k_full = k_full
         self.v_full = v_full
@@ -90,7 +77,9 @@ class Buffers:
 
 # Arguments of a program wait in shared memory: as captures of a worker warpgroup they would hold
 # registers through the main loop, which has none to spare.
-A_Q, A_OUT, A_LSE, A_PART, A_PART_LSE, A_K_SCALE, A_V_SCALE, A_SEGMENTS = map(gl.constexpr, range(8))
+A_Q, A_OUT, A_LSE, A_PART, A_PART_LSE, A_K_SCALE, A_V_SCALE, A_SEGMENTS = map(
+    gl.constexpr, range(8)
+)
 A_START, A_ROWS, A_KV_HEADS, A_QK_SCALE, A_LAST = map(gl.constexpr, range(8, 13))
 ONE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ONE_REGISTER = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -125,20 +114,6 @@ def to_operand(x):
 
 
 @gluon.jit
-def to_sums(acc):
-    """The accumulator [64, 128] as [16, 128 threads, 4]: a renaming of registers."""
-    x = gl.permute(gl.reshape(acc, [4, 2, 8, 16, 4, 2]), (3, 0, 2, 4, 1, 5))
-    return gl.convert_layout(gl.reshape(x, [16, 128, 4]), SUMS_REGISTERS, assert_trivial=True)
-
-
-@gluon.jit
-def from_sums(x):
-    """The inverse of :func:`to_sums`."""
-    x = gl.permute(gl.reshape(x, [16, 4, 8, 4, 2, 2]), (1, 4, 2, 0, 3, 5))
-    return gl.convert_layout(gl.reshape(x, [64, 128]), MMA, assert_trivial=True)
-
-
-@gluon.jit
 def masked(s, tile, limit):
     """Scores with every token past ``limit``, the row's own, at -inf."""
     n = gl.arange(0, 128, layout=COLUMN)
@@ -158,10 +133,9 @@ def row_max(s, m, INT_MAX: gl.constexpr):
 
 
 @gluon.jit
-def step(b, w, it, left, tile, limit, scale, m, m_sum, l, l_sum, acc,
-         MASK: gl.constexpr, INT_MAX: gl.constexpr, FOLD: gl.constexpr, ONES: gl.constexpr, EMULATED: gl.constexpr,
-         STAGES: gl.constexpr):  # fmt: skip
-    """One K/V tile: scores, softmax, P.V. ``left`` more follow in the segment."""
+def step(b, w, it, tile, limit, scale, m, l, acc, MASK: gl.constexpr, INT_MAX: gl.constexpr,
+         ONES: gl.constexpr, EMULATED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+    """One K/V tile: scores, online softmax, P V. ``l`` are each thread's own partial row sums."""
     stage = it % STAGES
     phase = (it // STAGES) & 1
     zero = gl.zeros([64, 128], gl.float32, layout=MMA)
@@ -172,70 +146,36 @@ def step(b, w, it, left, tile, limit, scale, m, m_sum, l, l_sum, acc,
     if MASK:
         s = masked(s, tile, limit)
     m_new = row_max(s, m, INT_MAX)
+    alpha = exp2((m - m_new) * scale)
     x = s * scale - (m_new * scale - 8.0)[:, None]
     if ONES:
         p8 = exp2_e4m3(to_operand(x), EMULATED)
     else:
-        p = exp2(x)
+        p = exp2_some(x, EMULATED)
         own = gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)  # a thread's own registers only
-        alpha = exp2((m - m_new) * scale)
-        alpha_l = gl.convert_layout(alpha, gl.SliceLayout(1, PARTIAL))
-        l = l * alpha_l[:, None] + gl.convert_layout(own, PARTIAL)
+        l = l * by_row(alpha)[:, None] + gl.convert_layout(own, PARTIAL)
         p8 = to_e4m3(to_operand(p))
-    if FOLD:
-        acc = rescale(acc, m, m_new, scale)
-        use_acc = (left + 1) % FOLD != 0
-        base = acc
-    else:
-        use_acc = False
-        base = zero
-    if ONES:
-        if FOLD:
-            l = rescale(l, gl.convert_layout(m, ROW_8), gl.convert_layout(m_new, ROW_8), scale)
-            l_base = l
-        else:
-            l_base = gl.zeros([64, 8], gl.float32, layout=MMA_8)
     mbarrier.wait(b.v_full.index(stage), phase)
-    pv = warpgroup_mma(p8, b.v.index(stage).permute((1, 0)), base, use_acc=use_acc, is_async=True)
+    v = b.v.index(stage).permute((1, 0))
+    pv = warpgroup_mma(p8, v, zero, use_acc=False, is_async=True)
     if ONES:
-        ones = gl.convert_layout(p8, OPERAND_8, assert_trivial=True)
-        pl = warpgroup_mma(ones, b.ones.permute((1, 0)), l_base, use_acc=use_acc, is_async=True)
-        pv, pl = warpgroup_mma_wait(0, deps=(pv, pl))
+        narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 32])
+        none = gl.zeros([64, ONES], gl.float32, layout=narrow)
+        p8 = gl.convert_layout(p8, gl.DotOperandLayout(0, narrow, 4), assert_trivial=True)
+        sums = warpgroup_mma(p8, b.ones.permute((1, 0)), none, use_acc=False, is_async=True)
+        pv, sums = warpgroup_mma_wait(0, deps=(pv, sums))
+        own = gl.max(gl.max(gl.reshape(sums, [64, ONES // 8, 4, 2]), 3), 1)  # columns are equal
+        l = l * by_row(alpha)[:, None] + gl.convert_layout(own, PARTIAL)
     else:
         pv = warpgroup_mma_wait(0, deps=(pv,))
     mbarrier.arrive(b.empty.index(stage), count=1)
-    if FOLD:
-        acc = pv
-        if ONES:
-            l = pl
-    else:
-        alpha = exp2((m - m_new) * scale)
-        acc = acc * alpha[:, None] + pv
-        if ONES:
-            l = l * gl.convert_layout(alpha, gl.SliceLayout(1, PARTIAL))[:, None] + one_column(pl)
-    if FOLD:
-        if left % FOLD == 0:
-            m_sum, l_sum = promote(b, w, m_new, m_sum, l, l_sum, acc, scale, ONES)
-    return m_new, m_sum, l, l_sum, acc
+    return m_new, l, acc * alpha[:, None] + pv
 
 
 @gluon.jit
-def one_column(l):
-    """Each thread's row sums [64, 4] of P times ones [64, 8], whose columns are all equal."""
-    return gl.convert_layout(gl.max(gl.reshape(l, [64, 4, 2]), 2), PARTIAL)
-
-
-@gluon.jit
-def promote(b, w, m, m_sum, l, l_sum, acc, scale, ONES: gl.constexpr):
-    """Second level: the float32 sum in shared memory, rescaled to the present maximum, plus acc."""
-    beta = exp2((m_sum - m) * scale)
-    total = b.sums.index(w)
-    old = from_sums(total.load(SUMS_REGISTERS))
-    total.store(to_sums(old * beta[:, None] + acc))
-    if ONES:
-        beta_l = gl.convert_layout(beta, gl.SliceLayout(1, PARTIAL))
-        l_sum = l_sum * beta_l[:, None] + one_column(l)
-    return m, l_sum
+def by_row(x):
+    """A row tensor for the rows of the partial sums: a renaming."""
+    return gl.convert_layout(x, gl.SliceLayout(1, PARTIAL))
 
 
 @gluon.jit
@@ -253,7 +193,7 @@ def load_q(b, w, row0, head, G: gl.constexpr):
 @gluon.jit
 def finish(b, w, i, m, total, acc, scale, G: gl.constexpr):
     """Write the rows' normalised result, or their float32 piece when others share the row tile."""
-    segment = get_pointer(b, A_SEGMENTS, gl.int32) + i * SEGMENT
+    segment = segment_of(b, i)
     head = gl.load(segment + 1)
     slot = gl.load(segment + 6)
     r = w * 64 + gl.arange(0, 64, layout=ROW)
@@ -277,67 +217,56 @@ def finish(b, w, i, m, total, acc, scale, G: gl.constexpr):
 
 
 @gluon.jit
-def consumer(b, w, first, G: gl.constexpr, FOLD: gl.constexpr, ONES: gl.constexpr,
-             INT_MAX: gl.constexpr, EMULATED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def segment_of(b, i):
+    """Segment i's record. It is read anew wherever it is needed, to hold no registers."""
+    return get_pointer(b, A_SEGMENTS, gl.int32) + i * SEGMENT
+
+
+@gluon.jit
+def more_to_mask(b, i, k, m, INT_MAX: gl.constexpr):
+    """Whether the k-th tile needs a mask, or float maxima since some row's m is negative."""
+    segment = segment_of(b, i)
+    hi = gl.load(segment + 3)
+    more = gl.load(segment + 5) + k < hi
+    if INT_MAX:
+        more = more | ((gl.load(segment + 2) + k < hi) & (gl.min(m, 0) < 0.0))
+    return more
+
+
+@gluon.jit
+def consumer(b, w, first, G: gl.constexpr, ONES: gl.constexpr, INT_MAX: gl.constexpr,
+             EMULATED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
     """One warpgroup: 64 rows of every segment of the program."""
     it = 0
     i = first
     while tl.condition(i < get(b, A_LAST).to(gl.int32), disable_licm=True):
-        segment = get_pointer(b, A_SEGMENTS, gl.int32) + i * SEGMENT
+        segment = segment_of(b, i)
         row0 = gl.load(segment)
         head = gl.load(segment + 1)
-        n_clear = gl.load(segment + 5) - gl.load(segment + 4)
-        tail_lo = gl.load(segment + 5)
-        n_tail = gl.load(segment + 3) - tail_lo
         qk_scale = get(b, A_QK_SCALE).to(gl.int32).to(gl.float32, bitcast=True)
         scale = qk_scale * gl.load(get_pointer(b, A_K_SCALE, gl.float32) + head)
         load_q(b, w, row0, head, G)
         m = gl.full([64], -1.0e30, gl.float32, layout=ROW)
-        m_sum = m
-        l_sum = gl.zeros([64, 4], gl.float32, layout=PARTIAL)
-        if ONES and FOLD:
-            l = gl.zeros([64, 8], gl.float32, layout=MMA_8)
-        else:
-            l = l_sum
+        l = gl.zeros([64, 4], gl.float32, layout=PARTIAL)
         acc = gl.zeros([64, 128], gl.float32, layout=MMA)
-        if FOLD:
-            b.sums.index(w).store(to_sums(acc))
-        r = gl.arange(0, 64, layout=ROW)
-        limit = get(b, A_START).to(gl.int32) + (row0 + w * 64 + r) // G
-        n = n_tail + n_clear
-        left = n - 1
-        if INT_MAX:
-            low = -1.0
-            while (left >= n_clear) | ((left >= 0) & (low < 0.0)):
-                tile = gl.where(left >= n_clear, tail_lo + n - 1 - left, 0)
-                m, m_sum, l, l_sum, acc = step(
-                    b, w, it, left, tile, limit, scale, m, m_sum, l, l_sum, acc,
-                    True, False, FOLD, ONES, EMULATED, STAGES)  # fmt: skip
-                low = gl.min(m, 0)
-                left -= 1
-                it += 1
-        else:
-            for k in range(0, n_tail):
-                m, m_sum, l, l_sum, acc = step(
-                    b, w, it, n - 1 - k, tail_lo + k, limit, scale, m, m_sum, l, l_sum, acc,
-                    True, False, FOLD, ONES, EMULATED, STAGES)  # fmt: skip
-                it += 1
-            segment = get_pointer(b, A_SEGMENTS, gl.int32) + i * SEGMENT  # not held across the loop
-            left = gl.load(segment + 5) - gl.load(segment + 4) - 1
-        for k in range(0, left + 1):
-            m, m_sum, l, l_sum, acc = step(
-                b, w, it, left - k, 0, limit, scale, m, m_sum, l, l_sum, acc,
-                False, INT_MAX, FOLD, ONES, EMULATED, STAGES)  # fmt: skip
+        k = 0
+        while tl.condition(more_to_mask(b, i, k, m, INT_MAX), disable_licm=True):
+            tail_lo = gl.load(segment_of(b, i) + 5)
+            tail_hi = gl.load(segment_of(b, i) + 3)
+            tile = gl.where(tail_lo + k < tail_hi, tail_lo + k, 0)  # 0: clear to every row
+            row = gl.load(segment_of(b, i)) + w * 64 + gl.arange(0, 64, layout=ROW)
+            limit = get(b, A_START).to(gl.int32) + row // G
+            m, l, acc = step(b, w, it, tile, limit, scale, m, l, acc, True, False, ONES, EMULATED,
+                             STAGES)  # fmt: skip
             it += 1
-        if FOLD:
-            acc = from_sums(b.sums.index(w).load(SUMS_REGISTERS))
-        if ONES:
-            if FOLD:
-                l = l_sum
-            total = gl.convert_layout(gl.max(l, 1), ROW)
-        else:
-            total = gl.convert_layout(gl.sum(l, 1), ROW)
-        finish(b, w, i, m, total, acc, scale, G)
+            k += 1
+        segment = segment_of(b, i)
+        for _ in range(k, gl.load(segment + 3) - gl.load(segment + 2)):
+            m, l, acc = step(b, w, it, 0, 0, scale, m, l, acc, False, INT_MAX, ONES, EMULATED,
+                             STAGES)  # fmt: skip
+            it += 1
+        total = gl.max(l, 1) if ONES else gl.sum(l, 1)
+        finish(b, w, i, m, gl.convert_layout(total, ROW), acc, scale, G)
         i += 1
 
 
@@ -375,26 +304,24 @@ def producer(b, first, last, k_desc, v_desc, v_tail_desc, segments, table, last_
 
 @gluon.jit(
     do_not_specialize=["start", "rows", "kv_heads", "last_tile", "page_tiles", "k_tile", "v_tile"],
-    do_not_specialize_on_alignment=["table", "segments", "share", "lse", "part_lse"]
-    + ["k_scale", "v_scale"],
+    do_not_specialize_on_alignment=[
+        *("table", "segments", "share", "lse", "part_lse", "k_scale", "v_scale")
+    ],
 )
 def prefill_kernel(k_desc, v_desc, v_tail_desc, table, segments, share, q, out, lse, part,
                    part_lse, k_scale, v_scale, qk_scale, start, rows, kv_heads, last_tile,
-                   page_tiles, k_tile, v_tile, G: gl.constexpr, FOLD: gl.constexpr,
-                   ONES: gl.constexpr, INT_MAX: gl.constexpr, EMULATED: gl.constexpr,
+                   page_tiles, k_tile, v_tile, G: gl.constexpr, ONES: gl.constexpr,
+                   INT_MAX: gl.constexpr, EMULATED: gl.constexpr,
                    STAGES: gl.constexpr):  # fmt: skip
     """See the module. Offsets of tiles are in tiles of 16 KiB, so that int32 reaches 4 TiB."""
     q_buf = gl.allocate_shared_memory(gl.float8e4nv, [3, 64, 128], TILE)
     k_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, 2, 4, 2, 128], TILE_5D)
     v_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], TILE)
-    ones = gl.allocate_shared_memory(gl.float8e4nv, [8, 128], TILE)
-    if FOLD:
-        sums = gl.allocate_shared_memory(gl.float32, [3, 16, 128, 4], SUMS)
-    else:
-        sums = gl.allocate_shared_memory(gl.float32, [3, 1, 1, 4], SUMS)
-    fill = gl.full([8, 128], 1.0, gl.float32, layout=gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0]))
-    ones.store(fill.to(gl.float8e4nv))
-    fence_async_shared()
+    ones = gl.allocate_shared_memory(gl.float8e4nv, [ONES if ONES else 8, 128], TILE)
+    if ONES:
+        spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+        ones.store(gl.full([ONES, 128], 1.0, gl.float32, layout=spread).to(gl.float8e4nv))
+        fence_async_shared()
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -403,28 +330,28 @@ def prefill_kernel(k_desc, v_desc, v_tail_desc, table, segments, share, q, out, 
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=3)
-    table_ = gl.allocate_shared_memory(gl.int64, [13, 1], ONE)
-    put(table_, A_Q, q.to(gl.int64))
-    put(table_, A_OUT, out.to(gl.int64))
-    put(table_, A_LSE, lse.to(gl.int64))
-    put(table_, A_PART, part.to(gl.int64))
-    put(table_, A_PART_LSE, part_lse.to(gl.int64))
-    put(table_, A_K_SCALE, k_scale.to(gl.int64))
-    put(table_, A_V_SCALE, v_scale.to(gl.int64))
-    put(table_, A_SEGMENTS, segments.to(gl.int64))
-    put(table_, A_START, start.to(gl.int64))
-    put(table_, A_ROWS, rows.to(gl.int64))
-    put(table_, A_KV_HEADS, kv_heads.to(gl.int64))
-    put(table_, A_QK_SCALE, qk_scale.to(gl.int32, bitcast=True).to(gl.int64))
     first = gl.load(share + gl.program_id(0))
     last = gl.load(share + gl.program_id(0) + 1)
-    put(table_, A_LAST, last.to(gl.int64))
-    b = Buffers(q_buf, k_buf, v_buf, sums, ones, k_full, v_full, empty, table_)
+    arguments = gl.allocate_shared_memory(gl.int64, [13, 1], ONE)
+    put(arguments, A_Q, q.to(gl.int64))
+    put(arguments, A_OUT, out.to(gl.int64))
+    put(arguments, A_LSE, lse.to(gl.int64))
+    put(arguments, A_PART, part.to(gl.int64))
+    put(arguments, A_PART_LSE, part_lse.to(gl.int64))
+    put(arguments, A_K_SCALE, k_scale.to(gl.int64))
+    put(arguments, A_V_SCALE, v_scale.to(gl.int64))
+    put(arguments, A_SEGMENTS, segments.to(gl.int64))
+    put(arguments, A_START, start.to(gl.int64))
+    put(arguments, A_ROWS, rows.to(gl.int64))
+    put(arguments, A_KV_HEADS, kv_heads.to(gl.int64))
+    put(arguments, A_QK_SCALE, qk_scale.to(gl.int32, bitcast=True).to(gl.int64))
+    put(arguments, A_LAST, last.to(gl.int64))
+    b = Buffers(q_buf, k_buf, v_buf, ones, k_full, v_full, empty, arguments)
     # 168 + 160 + 160 registers for the consumers and 24 for the producer fill the register file.
     gl.warp_specialize([
-        (consumer, (b, 0, first, G, FOLD, ONES, INT_MAX, EMULATED, STAGES)),
-        (consumer, (b, 1, first, G, FOLD, ONES, INT_MAX, EMULATED, STAGES)),
-        (consumer, (b, 2, first, G, FOLD, ONES, INT_MAX, EMULATED, STAGES)),
+        (consumer, (b, 0, first, G, ONES, INT_MAX, EMULATED, STAGES)),
+        (consumer, (b, 1, first, G, ONES, INT_MAX, EMULATED, STAGES)),
+        (consumer, (b, 2, first, G, ONES, INT_MAX, EMULATED, STAGES)),
         (producer, (b, first, last, k_desc, v_desc, v_tail_desc, segments, table, last_tile,
                     page_tiles, k_tile, v_tile, STAGES)),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip

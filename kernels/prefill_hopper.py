@@ -1,12 +1,12 @@
-"""Launch the Hopper prefill kernel: its configurations, TMA descriptors and arguments."""
+"""Launch the Hopper prefill kernel: its TMA descriptors and arguments."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kernels.prefill_config import HopperConfig
 from kernels.prefill_gluon import TILE_3D, TILE_5D, prefill_kernel
 from kernels.view import PAGE_TOKENS, Geometry, View
 
@@ -16,56 +16,6 @@ if TYPE_CHECKING:
 HEAD_DIM = 128
 TILE_BYTES = HEAD_DIM * PAGE_TOKENS
 MAX_TILES = 2**28  # the K box counts 16-row units, 8 a tile, in an int32: 4 TiB
-
-
-@dataclass(frozen=True)
-class HopperConfig:
-    """How the kernel is compiled and launched.
-
-    Parameters
-    ----------
-    variant : str
-        Name for the rows of a report.
-    fold : int
-        Tiles that are summed in the tensor cores before they are added to the float32 sum in shared
-        memory; 0: every tile's P V is added to a float32 sum in registers.
-    ones : bool
-        Row sums by the tensor cores (P times ones) rather than by additions.
-    int_max : bool
-        Row maxima by integer instructions, which take three operands, once they are positive.
-    emulated : int
-        Of every 16 exponentials, those computed by multiplications in float16.
-    stages : int
-        K/V tiles in flight.
-    """
-
-    variant: str
-    fold: int = 0
-    ones: bool = False
-    int_max: bool = False
-    emulated: int = 0
-    stages: int = 4
-    rows: int = 192
-    block_tokens: int = PAGE_TOKENS
-    programs_per_sm: int = 1
-
-
-VARIANTS = {
-    config.variant: config
-    for config in (
-        HopperConfig("gluon_3wg"),
-        HopperConfig("gluon_3wg_ones", ones=True),
-        HopperConfig("gluon_3wg_ones_imax", ones=True, int_max=True),
-        HopperConfig("gluon_3wg_ones_imax_emu2", ones=True, int_max=True, emulated=2),
-        HopperConfig("gluon_3wg_ones_emu2", ones=True, emulated=2),
-        HopperConfig("gluon_3wg_ones_emu4", ones=True, emulated=4),
-        HopperConfig("gluon_3wg_fold8", fold=8, stages=3),
-        HopperConfig("gluon_3wg_fold4_ones", fold=4, ones=True, stages=3),
-        HopperConfig("gluon_3wg_fold8_ones", fold=8, ones=True, stages=3),
-        HopperConfig("gluon_3wg_fold8_ones_imax", fold=8, ones=True, int_max=True, stages=3),
-        HopperConfig("gluon_3wg_fold8_ones_emu2", fold=8, ones=True, emulated=2, stages=3),
-    )
-}
 
 
 def check_reach(arena_bytes: int) -> None:
@@ -131,6 +81,7 @@ def launch(
         if tensor.data_ptr() % 16:
             raise ValueError(f"{name}: its address must be a multiple of 16 bytes")
     g, config = plan.geometry, plan.config
+    assert isinstance(config, HopperConfig)
     k_tile = layer * 2 * g.kv_heads
     prefill_kernel[(plan.programs,)](
         *plan.boxes,
@@ -153,7 +104,6 @@ def launch(
         k_tile,
         k_tile + g.kv_heads,
         G=g.group,
-        FOLD=config.fold,
         ONES=config.ones,
         INT_MAX=config.int_max,
         EMULATED=config.emulated,

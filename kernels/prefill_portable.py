@@ -1,72 +1,24 @@
 """Prefill in plain Triton: every head size, FP8 and BF16, pages of 16 to 128 tokens, other chips.
 
-The query rows of one KV head, position-major over its group, are the M side; a program works through
-its share of the cut (:mod:`kernels.prefill_plan`). Pages of 128 tokens come by TMA, smaller ones by
-pointers. Two levels of accumulation, P scaled by 256 before it becomes FP8, as in decode.
+The query rows of one KV head, position-major over its group, are the M side; a program works
+through its share of the cut (:mod:`kernels.prefill_plan`). Pages of 128 tokens come by TMA, smaller
+ones by pointers. Two levels of accumulation, P scaled by 256 before it becomes FP8, as in decode.
 """
 
-from dataclasses import dataclass
+# A kernel's arguments carry no Python types.
+# mypy: disable-error-code="no-untyped-def"
+
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels.decode import blank_tokens, tile_origin
+from kernels.decode_kernel import blank_tokens, tile_origin
 from kernels.reference import DTYPES
 from kernels.view import PAGE_TOKENS, Geometry
 
 INTERPRETED = triton.knobs.runtime.interpret
-
-
-@dataclass(frozen=True)
-class PortableConfig:
-    """How the kernel is compiled and launched.
-
-    Parameters
-    ----------
-    variant : str
-        Name for the rows of a report.
-    rows, block_tokens : int
-        Query rows of a row tile, tokens of a K/V tile.
-    num_warps, num_stages, programs_per_sm : int
-        Launch options.
-    """
-
-    variant: str
-    rows: int
-    block_tokens: int
-    num_warps: int
-    num_stages: int
-    programs_per_sm: int
-
-
-# (head_dim, kv_dtype) -> rows, block_tokens, num_warps, num_stages, programs_per_sm
-_TMA = {
-    (64, "fp8_e4m3"): (64, 128, 4, 5, 2),
-    (128, "fp8_e4m3"): (64, 128, 4, 5, 2),
-    (256, "fp8_e4m3"): (64, 64, 8, 5, 1),
-    (64, "bf16"): (64, 128, 4, 4, 2),
-    (128, "bf16"): (128, 64, 8, 5, 1),
-    (256, "bf16"): (64, 32, 8, 5, 1),
-}
-_POINTER = {
-    (64, "fp8_e4m3"): (64, 128, 4, 3, 2),
-    (128, "fp8_e4m3"): (64, 64, 4, 3, 2),
-    (256, "fp8_e4m3"): (64, 64, 8, 3, 1),
-    (64, "bf16"): (64, 64, 4, 3, 2),
-    (128, "bf16"): (128, 64, 8, 2, 1),
-    (256, "bf16"): (64, 32, 8, 4, 1),
-}
-
-
-def portable_config(geometry: Geometry) -> PortableConfig:
-    """The kernel's configuration for a shape; the shape has been checked."""
-    tma = geometry.page_tokens == PAGE_TOKENS
-    table = _TMA if tma else _POINTER
-    rows, block, *launch = table[geometry.head_dim, geometry.kv_dtype]
-    kind = "tma" if tma else "pointer"
-    return PortableConfig(f"triton_{rows}x{block}_{kind}", rows, block, *launch)
 
 
 @triton.jit
@@ -103,6 +55,7 @@ def prefill_portable_kernel(
     v_box,
     table,
     page_tokens,
+    page_shift,
     page_elements: tl.int64,
     segments,
     shares,
@@ -170,7 +123,7 @@ def prefill_portable_kernel(
                     v2 = tl.reshape(v_box.load([page, v_row + HALF, shift]), [HALF, BLOCK])
             else:
                 origin, inner = tile_origin(
-                    arena, table, page_tokens, page_elements, t,
+                    arena, table, page_shift, page_elements, t,
                     t * BLOCK, (t + 1) * BLOCK, BLOCK, DTYPE,
                 )  # fmt: skip
                 k = tl.load((origin + inner * D)[:, None] + k_at)
@@ -193,7 +146,7 @@ def prefill_portable_kernel(
                 k = tl.reshape(k_box.load([page, k_row + shift, 0]), [BLOCK, D])
             else:
                 origin, inner = tile_origin(
-                    arena, table, page_tokens, page_elements, t, window, end, BLOCK, DTYPE
+                    arena, table, page_shift, page_elements, t, window, end, BLOCK, DTYPE
                 )
                 k = tl.load((origin + inner * D)[:, None] + k_at)
             if WIDE:
@@ -254,7 +207,7 @@ def tma_boxes(geometry: Geometry, arena: torch.Tensor, block_tokens: int) -> tup
     codes = arena[: pages * g.page_bytes].view(DTYPES[g.kv_dtype])
     page = g.page_bytes // g.itemsize
 
-    def box(row: int, block: list[int]) -> Any:  # noqa: ANN401
+    def box(row: int, block: list[int]) -> Any:
         return TensorDescriptor(codes, [pages, page // row, row], [page, row, 1], block)
 
     k = box(g.head_dim, [1, block_tokens, g.head_dim])
@@ -262,7 +215,7 @@ def tma_boxes(geometry: Geometry, arena: torch.Tensor, block_tokens: int) -> tup
 
 
 def launch(plan: Any, view: Any, layer: int, q: torch.Tensor, out: torch.Tensor,
-           lse: torch.Tensor, scale: float) -> None:  # noqa: ANN401  # fmt: skip
+           lse: torch.Tensor, scale: float) -> None:  # fmt: skip
     """Run the kernel for a :class:`kernels.prefill.PrefillPlan`; arguments have been checked."""
     g, config = plan.geometry, plan.config
     fp8 = g.kv_dtype == "fp8_e4m3"
@@ -275,6 +228,7 @@ def launch(plan: Any, view: Any, layer: int, q: torch.Tensor, out: torch.Tensor,
         v_box,
         view.page_table[plan.row],
         g.page_tokens,
+        g.page_tokens.bit_length() - 1,
         g.page_bytes // g.itemsize,
         plan.segments,
         plan.shares,
