@@ -73,6 +73,7 @@ PERFORMANCE: frozenset[str] = frozenset(c for c in TIME if c.startswith("attenti
     "prefill_model_residual",
     "parallel_decode_step_ms",
     "collective_ms",
+    "decode_while_growing_ms",
 }
 
 _TEXT = frozenset(

@@ -11,6 +11,7 @@ from harness.ledger import Ledger
 from harness.offload import make_reader
 from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, sizes_of
+from harness.settings import Settings
 from harness.synthetic import Content
 from harness.timing import Samples, Stopwatch, prefill_flops
 from harness.workspace import Workspace
@@ -30,6 +31,7 @@ def measure(
     team: Team | None = None,
     group: Collectives | None = None,
     weights: Allocation | None = None,
+    last: bool = False,
 ) -> dict[str, Any]:
     """Columns of speed at the resident length; ``status=invalid`` when the gate fails.
 
@@ -37,6 +39,8 @@ def measure(
     ----------
     weights : Allocation, optional
         What the weights have on the device, for ``trial.read_weights``.
+    last : bool
+        Nothing follows in this process, so that a sequence may be grown without being filled.
 
     Raises
     ------
@@ -101,7 +105,27 @@ def measure(
         row["prefill_modelled_seconds"] = model.total_seconds
         row["prefill_model_residual"] = model.relative_residual
     ledger.note("prefill", "timed")
+    if last and group is None and settings.strategy == "paged":
+        row |= _growing_columns(settings, strategy, watch, sequences, note)
     return row
+
+
+def _growing_columns(
+    settings: Settings, strategy: Strategy, watch: Stopwatch, sequences: list[int], note: Note
+) -> dict[str, Any]:
+    """Decode beside growth, a chunk a step; the row's K/V bytes are those from before."""
+    held = strategy.footprint()
+    groups = settings.kv_model().groups
+    chunk_tokens = max(g.pages_per_chunk * g.geometry.page_tokens for g in groups)
+    growing = watch.decode_while_growing(sequences, chunk_tokens)
+    if growing is None:
+        return {}
+    note("decode_while_growing", _raw(growing) | {"tokens": chunk_tokens})
+    return {
+        "decode_while_growing_ms": growing.median_ms,
+        "kv_committed_bytes": held.committed_bytes,
+        "kv_live_bytes": held.live_bytes,
+    }
 
 
 def _raw(samples: Samples) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from harness.buffers import StepBuffers
 from harness.offload import WeightReader, read_around
 from harness.settings import Settings
 from harness.workspace import Workspace
+from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES = 3.0, 3
 HOST_BUDGET_SECONDS, HOST_MIN_SAMPLES = 1.0, 2
+GROWING_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,10 @@ class Stopwatch:
 
     def decode(self, sequences: list[int]) -> Samples:
         """One query token for each sequence, through every layer."""
+        return self._sample(self.decode_step(sequences))
+
+    def decode_step(self, sequences: list[int]) -> Callable[[], None]:
+        """What launches such a step: on CUDA a graph, where the weights' reader allows one."""
         import torch
 
         from kernels import ops
@@ -115,7 +121,7 @@ class Stopwatch:
                         ops.decode(view, layer, q, plan, out, lse)
 
         if not self.on_cuda or (self.reader is not None and not self.reader.graph_safe):
-            return self._sample(step)
+            return step
         step()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -124,7 +130,33 @@ class Stopwatch:
         graph.replay()  # the driver takes a graph's memory at its first launch
         torch.cuda.synchronize()
         self.on_graph()
-        return self._sample(graph.replay)
+        replay: Callable[[], None] = graph.replay
+        return replay
+
+    def decode_while_growing(self, sequences: list[int], tokens: int) -> Samples | None:
+        """Decode steps while the last sequence grows by ``tokens``; None when it has no room to.
+
+        Each lasts, on the host's clock, from the launch of the step until it and the growth are
+        through. Nothing is written: the steps read what was there before.
+        """
+        step, grown = self.decode_step(sequences), sequences[-1]
+        ms: list[float] = []
+
+        def once() -> None:
+            step()
+            self.strategy.extend(grown, tokens)
+            if self.on_cuda:
+                import torch
+
+                torch.cuda.synchronize()
+
+        try:
+            while len(ms) <= GROWING_SAMPLES:
+                ms.append(_host_ms(once))
+        except (OutOfMemory, Refused):
+            if len(ms) <= CUDA_MIN_SAMPLES:
+                return None
+        return Samples(tuple(ms[1:]), ms[0])
 
     def _weight_layers(self, index: int, layers: int) -> range:
         """Layers of weights beside one layer of attention, of which the scale model has fewer."""

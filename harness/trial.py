@@ -215,6 +215,7 @@ class Trial:
                 self.team,
                 self.group,
                 self.weights,
+                last=len(self.cells) == 1,
             )
         return ended
 
