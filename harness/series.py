@@ -39,6 +39,8 @@ VARIATIONS = (
     "context_ranks",
     "world_size",
     "emulated_ranks",
+    "parallel",
+    "context_ranks",
 )
 NAMED_BY_VALUE = (
     "strategy",
@@ -50,6 +52,7 @@ NAMED_BY_VALUE = (
     "arena",
     "device_name",
     "emulated_version",
+    "parallel",
 )
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")

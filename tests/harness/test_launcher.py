@@ -87,7 +87,7 @@ def test_words_about_launchers_are_told_apart():
 
 @pytest.mark.parametrize("words", [["hydra/launcher=pbs"], ["hydra.launcher.n_jobs=2"]])
 def test_a_launcher_that_is_not_there_is_refused(words):
-    with pytest.raises(BadValue, match="^hydra/launcher="):
+    with pytest.raises(BadValue, match=r"^hydra/launcher="):
         split_words(words)
 
 
