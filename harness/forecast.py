@@ -103,6 +103,9 @@ def with_prediction(row: Row, cell: Cell) -> Row:
     where the trial died and measured nothing.
     """
     made = predict_cell(cell)
+    if cell.timing and made.outcome == "ok":
+        peak = made.predicted_peak_bytes + cell.settings.hardware.cuda_graph_bytes
+        made = dataclasses.replace(made, predicted_peak_bytes=peak)
     row = row | {
         "predicted_tables_bytes": made.predicted_tables_bytes,
         "predicted_kv_bytes": made.predicted_kv_bytes,

@@ -36,6 +36,7 @@ class Hardware:
     free_bytes: int
     capacity_bytes: int
     context_bytes: int
+    cuda_graph_bytes: int
     sm_count: int
     index: int
     uuid: str = ""
@@ -150,6 +151,9 @@ def resolve(conf: DictConfig, planning: bool = False) -> Hardware:
         free_bytes=free,
         capacity_bytes=free,
         context_bytes=bare + parse_bytes(described.cuda_context, "hardware.cuda_context"),
+        cuda_graph_bytes=parse_bytes(described.cuda_graph, "hardware.cuda_graph")
+        if kind == "cuda"
+        else 0,
         sm_count=int(described.sm_count),
         index=index,
     )

@@ -113,6 +113,7 @@ class HardwareConf:
     free_bytes: int = 0  # to a process that has made its bare context
     bare_context: int = 0  # of the driver, before libraries and kernels are loaded
     cuda_context: Any = "0"  # what libraries and kernels add to it
+    cuda_graph: Any = "56MiB"  # what the driver takes for the graph of a decode step
     sm_count: int = 132
     index: int = 0
     capacity: Any = None

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harness.buffers import StepBuffers
 from harness.offload import WeightReader, read_around
@@ -15,10 +15,6 @@ from harness.settings import Settings
 from harness.workspace import Workspace
 from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
-
-if TYPE_CHECKING:
-
-    pass
 
 CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES = 3.0, 3
 HOST_BUDGET_SECONDS, HOST_MIN_SAMPLES = 1.0, 2

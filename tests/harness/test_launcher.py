@@ -19,7 +19,7 @@ from harness.sizes import BadValue
 from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
 
 SWEEP = ("-m", "strategy=static,paged", *SMALL, "fill=0", "trial.timing=false")
-GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 132, 0, "GPU-a")
+GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 0, 132, 0, "GPU-a")
 
 
 def sweep(results: Path, *words: str) -> tuple[int, str]:

@@ -29,7 +29,7 @@ with lock.device_lock(gpu(sys.argv[2])):
 
 
 def gpu(uuid: str, kind: str = "cuda") -> Hardware:
-    return Hardware("auto", kind, "NVIDIA H200", 1, 1, 1, 1, 132, 0, uuid)
+    return Hardware("auto", kind, "NVIDIA H200", 1, 1, 1, 1, 0, 132, 0, uuid)
 
 
 @pytest.fixture(autouse=True)
