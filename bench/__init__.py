@@ -1,0 +1,1 @@
+"""Timings of the kernels beside their peers, each behind a correctness gate."""
