@@ -71,7 +71,8 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
         print(f"rows     of {', '.join(settings[0].claims_from)}; no trial is run")
     else:
         print(f"device   {what}")
-    print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))
+    was = f" (resumed, {len(folder.rows)} rows)" if resumed else ""
+    print(f"results  {folder.path}{was}", flush=True)
 
 
 def begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
