@@ -62,13 +62,20 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | own | more
 
 
-def run(results: Path, *words: str, preexec: Callable[[], None] | None = None) -> Ended:
-    """Run the command to its end, in the folder above ``results``."""
-    results.parent.mkdir(parents=True, exist_ok=True)
+def run(
+    results: Path,
+    *words: str,
+    cwd: Path | None = None,
+    preexec: Callable[[], None] | None = None,
+    **variables: str,
+) -> Ended:
+    """Run the command to its end, in the folder above ``results`` unless told otherwise."""
+    if cwd is None:
+        results.parent.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(
         command(*words, f"results={results}"),
-        cwd=results.parent,
-        env=environment(),
+        cwd=cwd or results.parent,
+        env=environment(**variables),
         capture_output=True,
         text=True,
         timeout=LIMIT_SECONDS,
@@ -104,10 +111,23 @@ def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
 def trial_process(results: Path) -> int | None:
     """The process of the trial in hand, once it writes records."""
     for records in results.glob("*/*/.trial/records.jsonl"):
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit() and str(records.parent) in arguments(int(entry.name)):
-                return int(entry.name) if records.stat().st_size else None
+        for process in processes_of(records.parent) if records.stat().st_size else []:
+            return process
     return None
+
+
+def is_gone(process: int) -> bool:
+    """Whether a process has ended, even if nobody has asked how yet."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def processes_of(folder: Path) -> list[int]:
+    """Processes that still run a trial of this folder."""
+    found = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]
+    return [p for p in found if str(folder) in arguments(p) and not is_gone(p)]
 
 
 def arguments(process: int) -> str:

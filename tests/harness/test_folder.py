@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -186,6 +188,18 @@ def test_a_file_in_the_way_is_said_in_one_line(tmp_path):
     with pytest.raises(FolderError, match="cannot be written") as refused:
         find_or_create(tmp_path / "runs", "sweep", HASH)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_a_folder_that_is_not_ours_is_said_in_one_line():
+    with tempfile.TemporaryDirectory() as name:
+        os.seteuid(65534)
+        try:
+            with pytest.raises(FolderError, match="cannot be written") as refused:
+                find_or_create(Path(name) / "runs", "sweep", HASH)
+        finally:
+            os.seteuid(0)
+        assert "Permission denied" in str(refused.value)
 
 
 def test_replacing_a_file_leaves_the_old_one_when_it_fails(tmp_path, monkeypatch):

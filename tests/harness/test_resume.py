@@ -1,0 +1,177 @@
+"""A run that was cut off is found again by its content, and loses at most the trial in hand."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from tests.harness.command import (
+    LIMIT_SECONDS,
+    QUICK,
+    environment,
+    interrupt,
+    is_gone,
+    processes_of,
+    read_json,
+    rows,
+    run,
+    start,
+    table,
+    trial_process,
+    until,
+)
+
+SEVERAL = (*QUICK, "sweep.repeats=6")
+
+# The command, killed the moment its third row is safe: between two trials.
+KILLED_AFTER_THREE_ROWS = """
+import os, signal, sys
+from harness import progress
+from harness.cli import main
+
+seen = []
+
+def killed_at_third(self, row):
+    seen.append(row)
+    if len(seen) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.row = killed_at_third
+main(sys.argv[1:])
+"""
+
+
+def the_folder(results):
+    (folder,) = (p.parent for p in results.glob("*/*/manifest.json"))
+    return folder
+
+
+def measured(folder):
+    path = folder / "trials.csv"
+    return rows(folder) if path.exists() and path.read_text().count("\n") > 1 else []
+
+
+def test_killed_inside_a_trial_then_resumed(tmp_path):
+    results = tmp_path / "runs"
+    process = start(results, *SEVERAL)
+    until(
+        lambda: (
+            len(list(results.glob("*/*/trials.csv"))) and len(measured(the_folder(results))) >= 2
+        )
+    )
+    trial = until(lambda: trial_process(results))
+    process.kill()
+    process.communicate()
+    until(lambda: is_gone(trial), seconds=10)
+    folder = the_folder(results)
+    before = measured(folder)
+    assert 2 <= len(before) < 6
+    half = (folder / "trials.csv").read_bytes()
+    with open(folder / "trials.csv", "ab") as file:  # a row that the kill cut in two
+        file.write(half.splitlines(keepends=True)[-1][:100])
+    with open(folder / "timeline.csv", "a") as file:  # an event of a trial without a row
+        file.write(f"{folder.name},000000000000,0,0.1,pool,kv_pool,1,0,1,,,,,,,\n")
+
+    ended = run(results, *SEVERAL)
+    assert ended.code == 0, ended.err
+    assert ended.folder == folder and f"resumed, {len(before)} rows" in ended.out
+    after = rows(folder)
+    assert after[: len(before)] == before and len(after) == 6
+    assert len({r["trial_id"] for r in after}) == 6
+    assert {e["trial_id"] for e in table(folder / "timeline.csv")} == {r["trial_id"] for r in after}
+    manifest = read_json(folder / "manifest.json")
+    assert manifest["finished_utc"] and len(manifest["attempts"]) == 2
+    _same_command_again(results, folder)
+    _edited_command(results, folder)
+
+
+def _contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def _new_folder(results, *words):
+    """The folder that a command begins; the command is then killed."""
+    old = set(results.glob("*/*/manifest.json"))
+    process = start(results, *words)
+    new = until(lambda: set(results.glob("*/*/manifest.json")) - old)
+    process.kill()
+    process.communicate()
+    return new.pop().parent
+
+
+def _same_command_again(results, finished):
+    """A finished run is never touched."""
+    before = _contents(finished)
+    other = _new_folder(results, *SEVERAL)
+    assert other != finished and _contents(finished) == before
+
+
+def _edited_command(results, finished):
+    """Another seed is another configuration: neither old folder is its own."""
+    before = _contents(finished)
+    other = _new_folder(results, *SEVERAL, "seed=1")
+    assert other != finished and _contents(finished) == before
+    assert len(list(results.glob("*/*/manifest.json"))) == 3
+
+
+def test_killed_between_trials_twice_nothing_is_lost(tmp_path):
+    results = tmp_path / "runs"
+    counts, ids = [], []
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED_AFTER_THREE_ROWS, *SEVERAL, f"results={results}"],
+            env=environment(),
+            cwd=tmp_path,
+            capture_output=True,
+            timeout=LIMIT_SECONDS,
+        )
+        assert done.returncode == -signal.SIGKILL
+        found = rows(the_folder(results))
+        counts.append(len(found))
+        ids.append([r["trial_id"] for r in found])
+    assert counts == [3, 6]
+    assert ids[1][:3] == ids[0] and len(set(ids[1])) == 6
+    assert not (the_folder(results) / ".trial").exists()
+
+
+def test_ctrl_c_leaves_a_readable_folder_that_is_resumed(tmp_path):
+    results = tmp_path / "runs"
+    words = (*QUICK, "-m", "fault.kind=none,hang", "fault.phase=pool", "trial.timeout_seconds=30")
+    process = start(results, *words)
+    until(lambda: results.exists() and len(list(results.glob("*/*/trials.csv"))))
+    trial = until(lambda: trial_process(results) if measured(the_folder(results)) else None)
+    began = time.monotonic()
+    out, err = interrupt(process)
+    assert process.returncode == 130 and time.monotonic() - began < 30
+    assert err.splitlines()[-1] == "harness: interrupted; the same command resumes this run"
+    assert "Traceback" not in err and is_gone(trial)
+    folder = the_folder(results)
+    (row,) = rows(folder)
+    assert row["status"] == "ok"
+    assert read_json(folder / "summary.json")["strategies"]
+    assert read_json(folder / "manifest.json")["finished_utc"] is None
+
+    again = start(results, *words)
+    until(lambda: trial_process(results))
+    os.kill(again.pid, signal.SIGINT)
+    out, _ = again.communicate(timeout=LIMIT_SECONDS)
+    assert "resumed, 1 rows" in out
+    assert the_folder(results) == folder and rows(folder) == [row]
+
+
+def test_two_harnesses_with_one_command_do_not_share_a_folder(tmp_path):
+    results = tmp_path / "runs"
+    words = (*QUICK, "fault.kind=hang", "fault.phase=pool")
+    both = [start(results, *words) for _ in range(2)]
+    until(lambda: len(list(results.glob("*/*/.trial/records.jsonl"))) == 2)
+    for process in both:
+        process.kill()
+        process.communicate()
+    folders = {p.parent for p in results.glob("*/*/manifest.json")}
+    assert len(folders) == 2
+    assert len({read_json(f / "manifest.json")["config_hash"] for f in folders}) == 1
+    for folder in folders:
+        until(lambda folder=folder: not processes_of(folder), seconds=10)
