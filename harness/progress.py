@@ -59,7 +59,7 @@ class Progress:
 
 def row_line(row: Row) -> str:
     """``paged  10M x 100 %  oom in fill: asked …``."""
-    size = mib if row["basis"] == "scale_model" else gib
+    size = mib if int(row.get("scale") or 1) > 1 else gib
     text = (
         f"{row['strategy']:<12} {tokens_text(int(row['context_tokens'])):>10} "
         f"x {float(row['fill']):>4.0%}  {row['purpose']:<8} {row['status']:<8}"

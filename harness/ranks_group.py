@@ -16,6 +16,7 @@ from harness.ledger import Ledger
 from harness.ranks_control import Team
 from harness.settings import Settings
 from strategies.device import Device
+from strategies.errors import OutOfMemory
 from strategies.model import KVModel
 
 if TYPE_CHECKING:
@@ -158,6 +159,11 @@ def connect(
     ----------
     timed : bool
         Whether any cell of the trial is.
+
+    Raises
+    ------
+    OutOfMemory
+        NCCL found no memory.
     """
     parallel = settings.parallel
     if not parallel.backend:
@@ -168,9 +174,14 @@ def connect(
         return _joined(settings, team, "cpu") if timed else None
     began, before = time.perf_counter(), device.used_bytes()
     index = settings.hardware.index
-    made = _joined(settings, team, f"cuda:{index}")
-    _rehearse(made, sizes_of(settings), f"cuda:{index}")
-    device.synchronize()
+    try:
+        made = _joined(settings, team, f"cuda:{index}")
+        _rehearse(made, sizes_of(settings), f"cuda:{index}")
+        device.synchronize()
+    except RuntimeError as error:  # NCCL has no error of its own for it
+        if "out of memory" in str(error).lower():
+            raise OutOfMemory("nccl", "nccl", 0, device.free_bytes()) from error
+        raise
     taken = device.used_bytes() - before
     ledger.event("nccl", "nccl", taken, time.perf_counter() - began)
     return made

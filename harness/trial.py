@@ -113,7 +113,7 @@ class Trial:
         # A bracket's trial loads the same kernels as a timed one, so that both start alike.
         ours = self.settings.strategy not in ENGINES and not self.settings.accounts_only
         self.device = open_device(self.settings, self.ledger, loads_kernels=ours)
-        self.team.stage("nccl")
+        self._phase("nccl")
         timed = any(c.timing for c in self.cells)
         self.group = connect(self.settings, self.team, self.device, self.ledger, timed)
         self._phase("weights")
