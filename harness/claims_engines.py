@@ -62,8 +62,11 @@ def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     rows = tuple(r for pair in pairs for r in pair)
     ratios = [float(_pool_bytes(t) / _pool_bytes(s)) for s, t in pairs]
     farthest = max(ratios, key=lambda ratio: abs(ratio - 1.0))
+    if all(abs(r * SHORT_CONTEXT / MILLIONS_10 - 1.0) < SAME_POOL for r in ratios):
+        text = "the pool grows in proportion to the context"
+        return Verdict(SUPPORTED, text, rows, round(farthest, 4))
     if abs(farthest - 1.0) > SAME_POOL:
-        text = "the pool's size changes with context"
+        text = "the pool's size changes with context, but not in proportion"
         return Verdict(CONDITIONAL, text, rows, round(farthest, 4))
     tokens = sorted({round(_pool_bytes(t) / t["kv_bytes_per_token"]) for _, t in pairs})
     after = max(gib_of(t, "tables_bytes") for _, t in pairs)

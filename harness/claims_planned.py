@@ -78,7 +78,7 @@ def weight_offload(evidence: Evidence) -> Verdict:
     gained = largest - here
     timed = [
         r
-        for r in evidence.rows
+        for r in evidence.every
         if r.get("read_weights") == "offload"
         and r["basis"] == "measured"
         and r.get("attention_decode_step_ms") is not None
@@ -101,7 +101,7 @@ def weight_offload(evidence: Evidence) -> Verdict:
 
 def context_parallelism(evidence: Evidence) -> Verdict:
     """C19: tokens of one sequence over 8 ranks, heads split against pages split."""
-    ran = [g for g in rank_gains(evidence.rows) if g.basis != "planned"]
+    ran = [g for g in rank_gains(evidence.every) if g.basis != "planned"]
     if len({g.pages.model for g in ran}) > 1:
         return _measured_gain(evidence, ran)
     gains, copies = {}, {}
@@ -131,7 +131,7 @@ def _measured_gain(evidence: Evidence, ran: list[Gain]) -> Verdict:
     return Verdict(
         SUPPORTED if len(more) == len(most) else CONDITIONAL if more else REFUTED,
         f"where ranks exceed the KV heads: {text}",
-        tuple(r for r in evidence.rows if r["trial_id"] in ids),
+        tuple(r for r in evidence.every if r["trial_id"] in ids),
         round(max(g.ratio for g in most.values()), 2),
     )
 

@@ -154,28 +154,35 @@ def bytes_of_ten_million(evidence: Evidence) -> Verdict:
 
 
 def risk_of_oom(evidence: Evidence) -> Verdict:
-    """C6: where a full sequence ends, paged beside static."""
+    """C6: how many tokens of one sequence each holds at its end.
+
+    The end of paged is a fill that was refused, that of static the largest context that starts
+    beside one within 1 % that does not; without such a neighbour it may be larger than what was run.
+    """
     paged = [r for r in evidence.of("paged", model="report") if starts(r) and r["sequences"] == 1]
-    static = [
-        r
-        for r in evidence.of("static", whole_context, model="report")
-        if starts(r) and r["status"] == "ok"
-    ]
+    static = evidence.of("static", whole_context, model="report")
+    good = [r for r in static if starts(r)]
     ends = [r for r in paged if r["status"] == "oom" and r["oom_phase"] == "fill"]
-    if not ends or not static:
+    if not ends or not good:
         return undecided("-m strategy=static,paged model=report context=10M")
     longest = max(ends, key=lambda r: r["resident_tokens"])
-    largest = max(static, key=lambda r: r["context_tokens"])
-    ratio = longest["resident_tokens"] / largest["context_tokens"]
-    if ratio < 1 + SAME:
+    largest = max(good, key=lambda r: r["context_tokens"])
+    held, room = longest["resident_tokens"], largest["context_tokens"]
+    above = min((r["context_tokens"] for r in static if not starts(r)), default=None)
+    if abs(held / room - 1) < SAME:
+        verdict = CONDITIONAL
         text = "both hold the same tokens when filled; the failure moves from start-up to run time"
+    elif held < room:
+        verdict, text = REFUTED, f"a static pool holds {room:,} tokens, paged only {held:,}"
+    elif above is not None and above < room * (1 + SAME):
+        verdict, text = SUPPORTED, f"paged holds {held:,} tokens, a static pool {room:,}"
     else:
+        verdict = CONDITIONAL
         text = (
             "a sequence filled to its end still runs out of memory, at run time instead of "
-            f"start-up ({longest['resident_tokens']:,} tokens; the largest static context run here is "
-            f"{largest['context_tokens']:,})"
+            f"start-up ({held:,} tokens; the largest static context run here is {room:,})"
         )
-    return Verdict(CONDITIONAL, text, (longest, largest), round(ratio, 4))
+    return Verdict(verdict, text, (longest, largest), round(held / room, 4))
 
 
 def lower_fraction(evidence: Evidence) -> Verdict:

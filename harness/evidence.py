@@ -39,13 +39,13 @@ def undecided(what_to_run: str) -> Verdict:
 class Evidence:
     """The rows of one or several runs that say something about the report's 140 GiB GPU.
 
-    Rows of another or a smaller device answer other questions (``every`` has them too), and a
-    trial with a deliberate fault or without an answer none.
+    Rows of another or a smaller device, of other ranks or workloads answer other questions
+    (``every`` has them too), and a trial with a deliberate fault or without an answer none.
     """
 
     def __init__(self, rows: Iterable[Row]) -> None:
         self.every = [r for r in rows if started(r) and not r.get("fault")]
-        self.rows = [r for r in self.every if on_reported_device(r)]
+        self.rows = [r for r in self.every if on_reported_device(r) and as_reported(r)]
 
     def of(
         self,
@@ -82,6 +82,16 @@ def on_reported_device(row: Row) -> bool:
     """Whether a trial had all of an H200, or of the scale model of one."""
     capacity = int(row.get("capacity_bytes") or 0) * scale(row)
     return abs(capacity / REPORTED_DEVICE_BYTES - 1) < SAME_DEVICE
+
+
+def as_reported(row: Row) -> bool:
+    """Whether a trial is the report's: FP8 K/V, heads over 8 ranks, sequences of full context."""
+    return (
+        row.get("kv_dtype") == "fp8_e4m3"
+        and int(row.get("emulated_ranks") or 8) == 8
+        and int(row.get("context_ranks") or 1) == 1
+        and row.get("workload") == "single"
+    )
 
 
 def token_kib(row: Row) -> float:
