@@ -178,7 +178,8 @@ def _decoded(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from kernels import ops
 
-    plan = ops.plan_decode(view, gate.settings.hardware.sm_count)
+    sms = gate.settings.hardware.sm_count
+    plan = ops.plan_decode(view, sms, gate.steps.scratch("decode"))
     out, lse = ops.decode(view, layer, q, plan)
     return out.contiguous(), lse.contiguous()
 
@@ -249,7 +250,7 @@ def time_step(
         Milliseconds; every rank takes the same number of samples, since each takes all of them.
     """
     sizes = sizes_of(watch.settings)
-    flat = watch.workspace.buffers["collective_buffers"].u8 if watch.on_cuda else None
+    flat = watch.buffers.workspace.buffers["collective_buffers"].u8 if watch.on_cuda else None
     work = []
     for view, q, plan, out, lse in watch.decode_work(sequences):
         buffers = make_buffers(view, sizes, group.context_size, flat)
@@ -272,7 +273,7 @@ def time_step(
 
 
 def _sampled(watch: Stopwatch, team: Team, step: Callable[[], None]) -> Samples:
-    run = _captured(step) if watch.on_cuda else step
+    run = _captured(watch, step) if watch.on_cuda else step
     team.join("warm-up")
     warmup = watch.once_ms(run)
     one = watch.once_ms(run)
@@ -282,7 +283,7 @@ def _sampled(watch: Stopwatch, team: Team, step: Callable[[], None]) -> Samples:
     return Samples(tuple(watch.once_ms(run) for _ in range(count)), warmup)
 
 
-def _captured(step: Callable[[], None]) -> Callable[[], None]:
+def _captured(watch: Stopwatch, step: Callable[[], None]) -> Callable[[], None]:
     """The step as a CUDA graph; NCCL's collectives are captured with the kernels.
 
     Torch's watchdog thread queries events of earlier collectives: only this thread's own calls may
@@ -295,6 +296,9 @@ def _captured(step: Callable[[], None]) -> Callable[[], None]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         step()
+    graph.replay()  # the driver takes a graph's memory at its first launch
+    torch.cuda.synchronize()
+    watch.on_graph()
     replay: Callable[[], None] = graph.replay
     return replay
 
