@@ -157,7 +157,7 @@ def risk_of_oom(evidence: Evidence) -> Verdict:
     """C6: how many tokens of one sequence each holds at its end.
 
     The end of paged is a fill that was refused, that of static the largest context that starts
-    beside one within 1 % that does not; without such a neighbour it may be larger than what was run.
+    beside one within 1 % that does not; without that neighbour it may be larger than was run.
     """
     paged = [r for r in evidence.of("paged", model="report") if starts(r) and r["sequences"] == 1]
     static = evidence.of("static", whole_context, model="report")

@@ -80,17 +80,19 @@ def scale(row: Row) -> int:
 
 def on_reported_device(row: Row) -> bool:
     """Whether a trial had all of an H200, or of the scale model of one."""
-    capacity = int(row.get("capacity_bytes") or 0) * scale(row)
+    if row.get("capacity_bytes") is None:  # an engine that was started for real
+        return row.get("device_name") == "NVIDIA H200"
+    capacity = int(row["capacity_bytes"]) * scale(row)
     return abs(capacity / REPORTED_DEVICE_BYTES - 1) < SAME_DEVICE
 
 
 def as_reported(row: Row) -> bool:
     """Whether a trial is the report's: FP8 K/V, heads over 8 ranks, sequences of full context."""
     return (
-        row.get("kv_dtype") == "fp8_e4m3"
+        row.get("kv_dtype") in (None, "fp8_e4m3")
         and int(row.get("emulated_ranks") or 8) == 8
         and int(row.get("context_ranks") or 1) == 1
-        and row.get("workload") == "single"
+        and row.get("workload") in (None, "single")
     )
 
 
