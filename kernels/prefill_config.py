@@ -19,41 +19,18 @@ class HopperConfig:
     ----------
     variant : str
         Name for the rows of a report.
-    ones : int
-        Columns of ones by which the tensor cores sum P's rows; 0: rows are summed by additions.
-    int_max : bool
-        Row maxima by integer instructions, which take three operands, once they are positive.
-    emulated : int
-        Of every 16 exponentials, those computed by multiplications in float16.
     stages : int
         K/V tiles in flight.
     """
 
     variant: str
-    ones: int = 0
-    int_max: bool = False
-    emulated: int = 0
     stages: int = 4
     rows: int = 192
     block_tokens: int = PAGE_TOKENS
     programs_per_sm: int = 1
 
 
-VARIANTS = {
-    config.variant: config
-    for config in (
-        HopperConfig("gluon_3wg"),
-        HopperConfig("gluon_3wg_imax", int_max=True),
-        HopperConfig("gluon_3wg_emu2", emulated=2),
-        HopperConfig("gluon_3wg_imax_emu2", int_max=True, emulated=2),
-        HopperConfig("gluon_3wg_imax_emu4", int_max=True, emulated=4),
-        HopperConfig("gluon_3wg_imax_emu2_s6", int_max=True, emulated=2, stages=6),
-        HopperConfig("gluon_3wg_sum16_imax", ones=16, int_max=True),
-        HopperConfig("gluon_3wg_sum16_imax_emu2", ones=16, int_max=True, emulated=2),
-        HopperConfig("gluon_3wg_sum16_imax_emu4", ones=16, int_max=True, emulated=4),
-        HopperConfig("gluon_3wg_sum32_imax_emu2", ones=32, int_max=True, emulated=2),
-    )
-}
+HOPPER = HopperConfig("gluon_3wg")
 
 
 @dataclass(frozen=True)
@@ -127,7 +104,7 @@ def gluon_fits(geometry: Geometry, window: int) -> bool:
 def choose(
     geometry: Geometry, window: int, hopper: bool, variant: str | None = None
 ) -> PrefillConfig:
-    """The configuration for a shape: written down, not tuned at run time.
+    """The configuration for a shape.
 
     Parameters
     ----------
@@ -137,7 +114,7 @@ def choose(
     hopper : bool
         Whether the device is of compute capability 9.0.
     variant : str, optional
-        ``gluon_3wg`` or another of its variants, or ``triton``: instead of the choice.
+        ``gluon_3wg`` or ``triton``, instead of the choice.
 
     Raises
     ------
@@ -145,17 +122,17 @@ def choose(
         For a shape or a variant that no kernel is written for.
     """
     check_geometry(geometry)
-    if variant is not None and variant not in (*VARIANTS, "triton"):
-        raise ValueError(f"variant={variant}: allowed are triton, {', '.join(VARIANTS)}")
+    if variant not in (None, HOPPER.variant, "triton"):
+        raise ValueError(f"variant={variant}: allowed are {HOPPER.variant}, triton")
     fits = gluon_fits(geometry, window)
-    if variant in VARIANTS and not fits:
+    if variant == HOPPER.variant and not fits:
         raise ValueError(
             f"variant={variant}: needs fp8_e4m3, D 128, pages of {PAGE_TOKENS} tokens and a window "
             f"that starts on a page, not {geometry.kv_dtype}, D {geometry.head_dim}, pages of "
             f"{geometry.page_tokens} and token {window}"
         )
-    if variant in VARIANTS or (variant is None and fits and hopper):
-        return VARIANTS[variant or "gluon_3wg"]
+    if variant == HOPPER.variant or (variant is None and fits and hopper):
+        return HOPPER
     return portable_config(geometry)
 
 

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.core import _aggregate as aggregate
 
-from kernels.prefill_asm import exp2, exp2_e4m3, exp2_some, less_lane_columns, to_e4m3
+from kernels.prefill_asm import exp2, less_lane_columns, to_e4m3
 
 SEGMENT = gl.constexpr(8)  # int32 of one segment of the work cut
 
@@ -57,18 +57,16 @@ class Buffers:
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
-    ones: gl.shared_memory_descriptor
     k_full: gl.shared_memory_descriptor
     v_full: gl.shared_memory_descriptor
     empty: gl.shared_memory_descriptor
     arguments: gl.shared_memory_descriptor
 
     @gluon.constexpr_function
-    def __init__(self, q, k, v, ones, k_full, v_full, empty, arguments):
+    def __init__(self, q, k, v, k_full, v_full, empty, arguments):
         self.q = q
         self.k = k
         self.v = v
-        self.ones = ones
         self.k_full = k_full
         self.v_full = v_full
         self.empty = empty
@@ -80,7 +78,7 @@ class Buffers:
 A_Q, A_OUT, A_LSE, A_PART, A_PART_LSE, A_K_SCALE, A_V_SCALE, A_SEGMENTS = map(
     gl.constexpr, range(8)
 )
-A_START, A_ROWS, A_KV_HEADS, A_QK_SCALE, A_LAST = map(gl.constexpr, range(8, 13))
+A_START, A_ROWS, A_KV_HEADS, A_GROUP, A_QK_SCALE, A_LAST = map(gl.constexpr, range(8, 14))
 ONE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 ONE_REGISTER = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
@@ -123,18 +121,7 @@ def masked(s, tile, limit):
 
 
 @gluon.jit
-def row_max(s, m, INT_MAX: gl.constexpr):
-    """The rows' new maxima. As integers (three operands an instruction) only when m >= 0."""
-    if INT_MAX:
-        top = gl.maximum(m.to(gl.int32, bitcast=True), gl.max(s.to(gl.int32, bitcast=True), 1))
-        return top.to(gl.float32, bitcast=True)
-    else:
-        return gl.maximum(m, gl.max(s, 1))
-
-
-@gluon.jit
-def step(b, w, it, tile, limit, scale, m, l, acc, MASK: gl.constexpr, INT_MAX: gl.constexpr,
-         ONES: gl.constexpr, EMULATED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def step(b, w, it, tile, limit, scale, m, l, acc, MASK: gl.constexpr, STAGES: gl.constexpr):
     """One K/V tile: scores, online softmax, P V. ``l`` are each thread's own partial row sums."""
     stage = it % STAGES
     phase = (it // STAGES) & 1
@@ -145,29 +132,16 @@ def step(b, w, it, tile, limit, scale, m, l, acc, MASK: gl.constexpr, INT_MAX: g
     s = warpgroup_mma_wait(0, deps=(s,))
     if MASK:
         s = masked(s, tile, limit)
-    m_new = row_max(s, m, INT_MAX)
+    m_new = gl.maximum(m, gl.max(s, 1))
     alpha = exp2((m - m_new) * scale)
-    x = s * scale - (m_new * scale - 8.0)[:, None]
-    if ONES:
-        p8 = exp2_e4m3(to_operand(x), EMULATED)
-    else:
-        p = exp2_some(x, EMULATED)
-        own = gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)  # a thread's own registers only
-        l = l * by_row(alpha)[:, None] + gl.convert_layout(own, PARTIAL)
-        p8 = to_e4m3(to_operand(p))
+    p = exp2(s * scale - (m_new * scale - 8.0)[:, None])
+    own = gl.sum(gl.sum(gl.reshape(p, [64, 16, 4, 2]), 3), 1)  # a thread's own registers only
+    l = l * by_row(alpha)[:, None] + gl.convert_layout(own, PARTIAL)
+    p8 = to_e4m3(to_operand(p))
     mbarrier.wait(b.v_full.index(stage), phase)
     v = b.v.index(stage).permute((1, 0))
     pv = warpgroup_mma(p8, v, zero, use_acc=False, is_async=True)
-    if ONES:
-        narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ONES, 32])
-        none = gl.zeros([64, ONES], gl.float32, layout=narrow)
-        p8 = gl.convert_layout(p8, gl.DotOperandLayout(0, narrow, 4), assert_trivial=True)
-        sums = warpgroup_mma(p8, b.ones.permute((1, 0)), none, use_acc=False, is_async=True)
-        pv, sums = warpgroup_mma_wait(0, deps=(pv, sums))
-        own = gl.max(gl.max(gl.reshape(sums, [64, ONES // 8, 4, 2]), 3), 1)  # columns are equal
-        l = l * by_row(alpha)[:, None] + gl.convert_layout(own, PARTIAL)
-    else:
-        pv = warpgroup_mma_wait(0, deps=(pv,))
+    pv = warpgroup_mma_wait(0, deps=(pv,))
     mbarrier.arrive(b.empty.index(stage), count=1)
     return m_new, l, acc * alpha[:, None] + pv
 
@@ -179,19 +153,27 @@ def by_row(x):
 
 
 @gluon.jit
-def load_q(b, w, row0, head, G: gl.constexpr):
+def row_of(b, row, head):
+    """Where row ``row`` of a KV head, position-major over its group, lies in [tokens, q_heads]."""
+    group = get(b, A_GROUP).to(gl.int32)
+    token = row // group
+    return token.to(gl.int64) * (get(b, A_KV_HEADS) * group) + head * group + (row - token * group)
+
+
+@gluon.jit
+def load_q(b, w, row0, head):
     """The warpgroup's 64 query rows into shared memory, through registers: any G, any stride."""
     q = get_pointer(b, A_Q, gl.float8e4nv)
     row = row0 + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, Q_LOAD))
     d = gl.arange(0, 128, layout=gl.SliceLayout(0, Q_LOAD))
-    at = (row // G).to(gl.int64) * (get(b, A_KV_HEADS) * G * 128) + (head * G + row % G) * 128
+    at = row_of(b, row, head) * 128
     mask = row < get(b, A_ROWS)
     b.q.index(w).store(gl.load(q + at[:, None] + d[None, :], mask=mask[:, None], other=0.0))
     fence_async_shared()
 
 
 @gluon.jit
-def finish(b, w, i, m, total, acc, scale, G: gl.constexpr):
+def finish(b, w, i, m, total, acc, scale):
     """Write the rows' normalised result, or their float32 piece when others share the row tile."""
     segment = segment_of(b, i)
     head = gl.load(segment + 1)
@@ -204,7 +186,7 @@ def finish(b, w, i, m, total, acc, scale, G: gl.constexpr):
     lse = gl.where(seen, m * scale + gl.log2(total) - 8.0, float("-inf"))
     if slot < 0:
         row = gl.load(segment) + r
-        at = (row // G).to(gl.int64) * (get(b, A_KV_HEADS) * G) + head * G + row % G
+        at = row_of(b, row, head)
         mask = row < get(b, A_ROWS)
         out = get_pointer(b, A_OUT, gl.bfloat16)
         gl.store(out + at[:, None] * 128 + d[None, :], o.to(gl.bfloat16), mask=mask[:, None])
@@ -223,19 +205,7 @@ def segment_of(b, i):
 
 
 @gluon.jit
-def more_to_mask(b, i, k, m, INT_MAX: gl.constexpr):
-    """Whether the k-th tile needs a mask, or float maxima since some row's m is negative."""
-    segment = segment_of(b, i)
-    hi = gl.load(segment + 3)
-    more = gl.load(segment + 5) + k < hi
-    if INT_MAX:
-        more = more | ((gl.load(segment + 2) + k < hi) & (gl.min(m, 0) < 0.0))
-    return more
-
-
-@gluon.jit
-def consumer(b, w, first, G: gl.constexpr, ONES: gl.constexpr, INT_MAX: gl.constexpr,
-             EMULATED: gl.constexpr, STAGES: gl.constexpr):  # fmt: skip
+def consumer(b, w, first, STAGES: gl.constexpr):
     """One warpgroup: 64 rows of every segment of the program."""
     it = 0
     i = first
@@ -245,28 +215,21 @@ def consumer(b, w, first, G: gl.constexpr, ONES: gl.constexpr, INT_MAX: gl.const
         head = gl.load(segment + 1)
         qk_scale = get(b, A_QK_SCALE).to(gl.int32).to(gl.float32, bitcast=True)
         scale = qk_scale * gl.load(get_pointer(b, A_K_SCALE, gl.float32) + head)
-        load_q(b, w, row0, head, G)
+        load_q(b, w, row0, head)
         m = gl.full([64], -1.0e30, gl.float32, layout=ROW)
         l = gl.zeros([64, 4], gl.float32, layout=PARTIAL)
         acc = gl.zeros([64, 128], gl.float32, layout=MMA)
-        k = 0
-        while tl.condition(more_to_mask(b, i, k, m, INT_MAX), disable_licm=True):
-            tail_lo = gl.load(segment_of(b, i) + 5)
-            tail_hi = gl.load(segment_of(b, i) + 3)
-            tile = gl.where(tail_lo + k < tail_hi, tail_lo + k, 0)  # 0: clear to every row
-            row = gl.load(segment_of(b, i)) + w * 64 + gl.arange(0, 64, layout=ROW)
-            limit = get(b, A_START).to(gl.int32) + row // G
-            m, l, acc = step(b, w, it, tile, limit, scale, m, l, acc, True, False, ONES, EMULATED,
-                             STAGES)  # fmt: skip
+        tail_lo = gl.load(segment + 5)
+        row = row0 + w * 64 + gl.arange(0, 64, layout=ROW)
+        limit = get(b, A_START).to(gl.int32) + row // get(b, A_GROUP).to(gl.int32)
+        for tile in range(tail_lo, gl.load(segment + 3)):
+            m, l, acc = step(b, w, it, tile, limit, scale, m, l, acc, True, STAGES)
             it += 1
-            k += 1
         segment = segment_of(b, i)
-        for _ in range(k, gl.load(segment + 3) - gl.load(segment + 2)):
-            m, l, acc = step(b, w, it, 0, 0, scale, m, l, acc, False, INT_MAX, ONES, EMULATED,
-                             STAGES)  # fmt: skip
+        for tile in range(gl.load(segment + 4), gl.load(segment + 5)):
+            m, l, acc = step(b, w, it, tile, 0, scale, m, l, acc, False, STAGES)
             it += 1
-        total = gl.max(l, 1) if ONES else gl.sum(l, 1)
-        finish(b, w, i, m, gl.convert_layout(total, ROW), acc, scale, G)
+        finish(b, w, i, m, gl.convert_layout(gl.sum(l, 1), ROW), acc, scale)
         i += 1
 
 
@@ -303,25 +266,27 @@ def producer(b, first, last, k_desc, v_desc, v_tail_desc, segments, table, last_
 
 
 @gluon.jit(
-    do_not_specialize=["start", "rows", "kv_heads", "last_tile", "page_tiles", "k_tile", "v_tile"],
+    do_not_specialize=[
+        "start",
+        "rows",
+        "kv_heads",
+        "group",
+        "last_tile",
+        "page_tiles",
+        "k_tile",
+        "v_tile",
+    ],
     do_not_specialize_on_alignment=[
         *("table", "segments", "share", "lse", "part_lse", "k_scale", "v_scale")
     ],
 )
 def prefill_kernel(k_desc, v_desc, v_tail_desc, table, segments, share, q, out, lse, part,
-                   part_lse, k_scale, v_scale, qk_scale, start, rows, kv_heads, last_tile,
-                   page_tiles, k_tile, v_tile, G: gl.constexpr, ONES: gl.constexpr,
-                   INT_MAX: gl.constexpr, EMULATED: gl.constexpr,
-                   STAGES: gl.constexpr):  # fmt: skip
+                   part_lse, k_scale, v_scale, qk_scale, start, rows, kv_heads, group, last_tile,
+                   page_tiles, k_tile, v_tile, STAGES: gl.constexpr):  # fmt: skip
     """See the module. Offsets of tiles are in tiles of 16 KiB, so that int32 reaches 4 TiB."""
     q_buf = gl.allocate_shared_memory(gl.float8e4nv, [3, 64, 128], TILE)
     k_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 8, 2, 4, 2, 128], TILE_5D)
     v_buf = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 128, 128], TILE)
-    ones = gl.allocate_shared_memory(gl.float8e4nv, [ONES if ONES else 8, 128], TILE)
-    if ONES:
-        spread: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-        ones.store(gl.full([ONES, 128], 1.0, gl.float32, layout=spread).to(gl.float8e4nv))
-        fence_async_shared()
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bar)
@@ -332,7 +297,7 @@ def prefill_kernel(k_desc, v_desc, v_tail_desc, table, segments, share, q, out, 
         mbarrier.init(empty.index(i), count=3)
     first = gl.load(share + gl.program_id(0))
     last = gl.load(share + gl.program_id(0) + 1)
-    arguments = gl.allocate_shared_memory(gl.int64, [13, 1], ONE)
+    arguments = gl.allocate_shared_memory(gl.int64, [14, 1], ONE)
     put(arguments, A_Q, q.to(gl.int64))
     put(arguments, A_OUT, out.to(gl.int64))
     put(arguments, A_LSE, lse.to(gl.int64))
@@ -344,14 +309,15 @@ def prefill_kernel(k_desc, v_desc, v_tail_desc, table, segments, share, q, out, 
     put(arguments, A_START, start.to(gl.int64))
     put(arguments, A_ROWS, rows.to(gl.int64))
     put(arguments, A_KV_HEADS, kv_heads.to(gl.int64))
+    put(arguments, A_GROUP, group.to(gl.int64))
     put(arguments, A_QK_SCALE, qk_scale.to(gl.int32, bitcast=True).to(gl.int64))
     put(arguments, A_LAST, last.to(gl.int64))
-    b = Buffers(q_buf, k_buf, v_buf, ones, k_full, v_full, empty, arguments)
+    b = Buffers(q_buf, k_buf, v_buf, k_full, v_full, empty, arguments)
     # 168 + 160 + 160 registers for the consumers and 24 for the producer fill the register file.
     gl.warp_specialize([
-        (consumer, (b, 0, first, G, ONES, INT_MAX, EMULATED, STAGES)),
-        (consumer, (b, 1, first, G, ONES, INT_MAX, EMULATED, STAGES)),
-        (consumer, (b, 2, first, G, ONES, INT_MAX, EMULATED, STAGES)),
+        (consumer, (b, 0, first, STAGES)),
+        (consumer, (b, 1, first, STAGES)),
+        (consumer, (b, 2, first, STAGES)),
         (producer, (b, first, last, k_desc, v_desc, v_tail_desc, segments, table, last_tile,
                     page_tiles, k_tile, v_tile, STAGES)),
     ], [4, 4, 1], [160, 160, 24])  # fmt: skip

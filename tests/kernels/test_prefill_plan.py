@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import prefill_plan as pp
 from kernels.prefill import plan_prefill, prefill
-from kernels.prefill_config import VARIANTS, all_prefill_configs, choose
+from kernels.prefill_config import HOPPER, all_prefill_configs, choose
 from kernels.view import Geometry
 from tests.kernels.cases import empty_view, random_q
 
@@ -140,14 +140,14 @@ def test_bad_calls_are_refused():
         ({"row": 1}, "row=1"),
         ({"start": 290, "tokens": 11}, "start=290, tokens=11"),
         ({"tokens": 0}, "tokens=0"),
-        ({"variant": "gluon"}, "variant=gluon: allowed are triton"),
+        ({"variant": "gluon"}, "variant=gluon: allowed are gluon_3wg"),
         ({"scratch": torch.empty(100, dtype=torch.uint8)}, "scratch=100"),
     ):
         with pytest.raises(ValueError, match=message):
             plan_prefill(view, **{"row": 0, "start": 0, "tokens": 300} | change)
     in_page = empty_view(geometry, [300], starts=(70,))
     with pytest.raises(ValueError, match="token 70"):
-        plan_prefill(in_page, 0, 200, 100, variant=next(iter(VARIANTS)))
+        plan_prefill(in_page, 0, 200, 100, variant=HOPPER.variant)
     with pytest.raises(ValueError, match="starts"):
         plan_prefill(in_page, 0, 10, 100)
     plan = plan_prefill(view, 0, 200, 100)
