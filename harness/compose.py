@@ -57,8 +57,8 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
         key, equals, value = word.partition("=")
         if word.startswith(("+", "~")):
             raise BadValue(key, value, "keys that exist, without + or ~ (see --help)")
-        if not equals:
-            raise BadValue(word or "''", "", "words of the form key=value (see --help)")
+        if not equals or not key.strip():
+            raise BadValue(word.strip() or "''", None, "words of the form key=value (see --help)")
         if value == "":
             raise BadValue(key, "", "a value after '='")
         try:

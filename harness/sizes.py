@@ -17,12 +17,15 @@ MIB = 1 << 20
 
 
 class BadValue(ValueError):
-    """A key's value that is not allowed; its message is the one line that a user reads."""
+    """A key's value that is not allowed; its message is the one line that a user reads.
+
+    ``value`` is None for a word that is no ``key=value`` at all.
+    """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
         self.key, self.value, self.allowed = key, value, allowed
-        shown = printable(value)[:120]
-        super().__init__(f"{key}={shown}: not allowed; allowed: {allowed}")
+        typed = key if value is None else f"{key}={value}"
+        super().__init__(f"{printable(typed)[:200]}: not allowed; allowed: {printable(allowed)}")
 
 
 def _parse(text: object, key: str, allowed: str, suffix: str) -> int:
