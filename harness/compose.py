@@ -58,7 +58,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
         if word.startswith(("+", "~")):
             raise BadValue(key, value, "keys that exist, without + or ~ (see --help)")
         if not equals or not key.strip():
-            raise BadValue(word.strip() or "''", None, "words of the form key=value (see --help)")
+            raise BadValue(word.strip() or "''", ..., "words of the form key=value (see --help)")
         if value == "":
             raise BadValue(key, "", "a value after '='")
         try:

@@ -19,12 +19,12 @@ MIB = 1 << 20
 class BadValue(ValueError):
     """A key's value that is not allowed; its message is the one line that a user reads.
 
-    ``value`` is None for a word that is no ``key=value`` at all.
+    ``value`` is ``...`` for a word that is no ``key=value`` at all.
     """
 
     def __init__(self, key: str, value: object, allowed: str) -> None:
         self.key, self.value, self.allowed = key, value, allowed
-        typed = key if value is None else f"{key}={value}"
+        typed = key if value is ... else f"{key}={'null' if value is None else value}"
         super().__init__(f"{printable(typed)[:200]}: not allowed; allowed: {printable(allowed)}")
 
 
