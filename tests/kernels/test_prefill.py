@@ -138,20 +138,21 @@ def test_on_gpu(name):
             check_prefill(geometry, lengths, starts, row, start, "cuda", sm_count, variant)
 
 
+# tokens, group, total, spread of K, mean of V
+AGREE = [
+    (300, 5, 3001, 1, 0),
+    (256, 8, 256, 1.5, 0.3),
+    (77, 8, 20000, 2, 0.6),
+    (640, 16, 9000, 1, 0),
+    (1, 1, 1, 1, 0),
+    (130, 1, 130, 1, 0),
+    (200, 4, 5000, 0.2, -3),
+    (500, 8, 700, 0.01, 1),
+]
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    "tokens, group, total, spread, mean",
-    [
-        (300, 5, 3001, 1, 0),
-        (256, 8, 256, 1.5, 0.3),
-        (77, 8, 20000, 2, 0.6),
-        (640, 16, 9000, 1, 0),
-        (1, 1, 1, 1, 0),
-        (130, 1, 130, 1, 0),
-        (200, 4, 5000, 0.2, -3),
-        (500, 8, 700, 0.01, 1),
-    ],
-)
+@pytest.mark.parametrize("tokens, group, total, spread, mean", AGREE)
 def test_on_gpu_kernels_agree(tokens, group, total, spread, mean):
     """Flat and sharp attention, V with a mean, and scores that are all negative."""
     from kernels.prefill import plan_prefill, prefill

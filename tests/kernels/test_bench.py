@@ -1,0 +1,145 @@
+"""The bench's own honesty: its gate, its rows and its tables."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import torch
+
+from bench import gate, table, work_append
+from bench.attention import run
+from bench.data import make_view, peer_layout, queries, with_table
+from bench.peers import Peers
+from bench.rows import COLUMNS, Rows
+from bench.timing import Sample, by_graph, summarise
+from kernels import ops, reference
+from kernels.view import Geometry
+
+
+@pytest.fixture
+def view(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.manual_seed(3)
+    return make_view([700], Geometry(2, 2, 4, 64))
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_gate_passes_the_right_answer_and_fails_others(view):
+    q = queries(view.geometry, 1)
+    out, lse = ops.decode(view, 1, q, ops.plan_decode(view))
+    assert not gate.decode(view, 1, q, out, lse).failed
+    assert "error" in gate.decode(view, 0, q, out, lse).failed
+    assert "lse" in gate.decode(view, 1, q, out, lse + 0.01).failed
+    assert gate.decode(view, 1, q, out * float("nan"), lse).failed
+    chunk = queries(view.geometry, 20)
+    out, lse = ops.prefill(view, 1, chunk, ops.plan_prefill(view, 0, 680, 20))
+    assert not gate.prefill(view, 1, chunk, 0, 680, out, lse).failed
+    assert gate.prefill(view, 1, chunk, 0, 679, out, lse).failed
+
+
+def test_needle_is_found_only_where_it_is(view):
+    q = queries(view.geometry, 1)
+    before = view.arena.clone()
+    for position, found in ((123, True), (699, True)):
+        planted = gate.Needle(view, 1, q[0, 0], position)
+        out, _ = ops.decode(view, 1, q, ops.plan_decode(view))
+        assert planted.found(out[0, 0]) is found
+        assert torch.equal(view.arena, before)
+    planted = gate.Needle(view, 1, q[0, 0], 5)
+    out, _ = ops.decode(view, 0, q, ops.plan_decode(view))
+    assert not planted.found(out[0, 0])
+
+
+def test_peers_get_the_same_keys_and_values(view):
+    k, v = peer_layout(view, 1)
+    for head in range(2):
+        want = reference.gather(view, 1, head, 0, 128, 256)
+        page = int(view.page_table[0, 1])
+        assert torch.equal(k[page, :, head].double(), want[0])
+        assert torch.equal(v[page, :, head].double(), want[1])
+    assert torch.equal(with_table(view, False).page_table[0], torch.arange(6, dtype=torch.int32))
+
+
+def test_append_gate_sees_a_wrong_code(view):
+    k, v = (torch.randn(3, 2, 64).to(torch.bfloat16) for _ in range(2))
+    ops.append_run(view, 0, k, v, 0, 126)
+    assert work_append.stored(view, k, v, 0, 126) == "ok"
+    assert work_append.stored(view, k + 1, v, 0, 126).startswith("failed")
+
+
+def test_a_failed_gate_leaves_the_figure_empty(tmp_path):
+    rows = Rows(tmp_path / "x.csv", 10)
+    sample = Sample(100.0, 1.0, 10)
+    good, bad = gate.judge(1e-2, 1e-4, 1e-3), gate.judge(1e-2, 1e-2, 1e-3)
+    rows.add(sample, good, 1e8, work="decode a", kernel="ours")
+    rows.add(sample, bad, 1e8, work="decode a", kernel="ours")
+    first, second = rows_of(tmp_path / "x.csv")
+    assert tuple(first) == COLUMNS
+    assert first["tb_per_s"] == "1.0000" and first["gate"] == "ok"
+    assert second["tb_per_s"] == second["median_us"] == ""
+    assert second["gate"].startswith("failed: lse error")
+
+
+def test_budget_and_crashes_are_rows(tmp_path):
+    rows = Rows(tmp_path / "x.csv", 10)
+
+    def crash():
+        raise RuntimeError("no memory")
+
+    run(rows, "decode a", crash)
+    rows.budget_s = -1
+    run(rows, "decode b", crash)
+    first, second = rows_of(tmp_path / "x.csv")
+    assert first["gate"] == "failed: RuntimeError: no memory"
+    assert second["gate"] == "not run: -1 s were used up"
+
+
+def test_missing_peers_say_why(tmp_path):
+    absent = Peers(None).absent
+    assert set(absent) == {"FA3", "XQA", "cuDNN"}
+    assert all("no --peers folder" in reason for reason in absent.values())
+    assert set(Peers(tmp_path).absent) == {"FA3", "XQA", "cuDNN"}
+
+
+def test_samples():
+    sample = summarise([4.0, 1.0, 2.0, 3.0, 100.0])
+    assert (sample.median_us, sample.iqr_us, sample.count) == (3.0, 2.0, 5)
+    assert sample.per(3).median_us == 1.0
+
+
+def test_host_timing_counts_each_call(view):
+    calls = []
+    assert by_graph([lambda: calls.append(1)] * 4, 1).count == 3
+    assert len(calls) == 12
+
+
+def test_tables_fill_their_page(tmp_path):
+    rows = Rows(tmp_path / "x.csv", 10)
+    ok = gate.judge(2.5e-2, 1e-4, 1e-3)
+    decode = {"work": "decode 1Mi", "timing": "graph", "target": 4.0, "layers": 2}
+    rows.add(Sample(50, 1, 9), ok, 2e8, kernel="ours", table_order="shuffled", **decode)
+    rows.add(Sample(49, 1, 9), ok, 2e8, kernel="ours", table_order="identity", **decode)
+    rows.add(Sample(100, 1, 9), ok, 2e8, kernel="FA3", table_order="shuffled", **decode)
+    prefill = {"work": "prefill 2048 x 5", "kernel": "ours", "variant": "gluon_3wg"}
+    for timing, us, target in (("short", 100, 1000), ("sustained", 110, 950)):
+        rows.add(Sample(us, 1, 9), ok, flops=1e11, timing=timing, target=target, **prefill)
+    rows.add(None, None, work="decode needle", kernel="ours", gate="ok", timing="graph")
+    rows.add(None, None, work="peers", kernel="XQA", gate="absent: no folder")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{table.BEGIN}\nstale figures\n{table.END}\nafter\n")
+    table.insert(page, table.page(table.read(tmp_path / "x.csv"), "x.csv"))
+    text = page.read_text()
+    assert "stale" not in text and text.startswith("before") and text.endswith("after\n")
+    assert "| 1Mi | 4.0 | 4.00 (50.0 µs) | 4.08 (49.0 µs) | 2.00 (100.0 µs) | – |" in text
+    assert "| 2048 x 5 | 1000 / 950 | 1000 / 909 |" in text
+    assert "| decode needle graph | ok | ok |" in text
+    assert "* peers XQA: absent: no folder" in text
+    table.insert(page, "new\n")
+    assert "4.08" not in page.read_text()
+    with pytest.raises(ValueError, match="needs the lines"):
+        table.insert(tmp_path / "x.csv", "")
