@@ -40,10 +40,12 @@ def longest_admissible(strategy: Strategy, limit_tokens: int) -> int:
 class Running:
     """A sequence that is open.
 
-    ``told_tokens`` is what the strategy knows of; it lags behind :meth:`tokens` within a page.
+    ``order`` counts admissions. ``told_tokens`` is what the strategy knows of; it lags behind
+    :meth:`tokens` within a page.
     """
 
     index: int
+    order: int
     prompt_tokens: int
     total_tokens: int
     began: int
@@ -111,7 +113,7 @@ class Batch:
         self._observe = observe
         self._every = max(1, len(requests) // observations)
         self._seen = 0
-        self._arrived = self._ties = 0
+        self._arrived = self._orders = self._ties = 0
         self._events: list[tuple[int, int, Running | None]] = []  # step, ties, who
         self._held = self._told = self._fitting = self._beyond = 0  # tokens of running sequences
         self._running_steps = [0, 0]  # while admission was limited; always
@@ -200,7 +202,7 @@ class Batch:
                 self._finish(run)
             else:
                 growing.append(run)
-        for run in growing:
+        for run in sorted(growing, key=lambda r: r.order):
             if self.running.get(run.index) is run:
                 self._grow(run)
 
@@ -266,12 +268,13 @@ class Batch:
             self.strategy.open(index, request.total_tokens)
         except Refused:  # no slot for the whole of it
             return False
-        run = Running(index, prompt, request.total_tokens, self.step)
+        run = Running(index, self._orders, prompt, request.total_tokens, self.step)
         try:
             self._extend(run, prompt)
         except (OutOfMemory, Refused):
             self.strategy.close(index)
             return False
+        self._orders += 1
         self.running[index] = run
         self._held += prompt
         self._push(run.next_step, run)

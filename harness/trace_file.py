@@ -169,10 +169,11 @@ def _opened(file: Path) -> Iterator[tuple[IO[bytes], os.stat_result]]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "no such file"
         raise BadValue(KEY, file, f"{_ALLOWED} ({reason.lower()})") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise BadValue(KEY, file, f"{_ALLOWED} (not a regular file)")
     with os.fdopen(descriptor, "rb") as source:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise BadValue(KEY, file, f"{_ALLOWED} (not a regular file)")
         yield source, found
 
 

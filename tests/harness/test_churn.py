@@ -1,0 +1,83 @@
+"""Churn leaves nothing behind, is repeatable, and tells policies apart."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from harness.churn import Churn
+from harness.lengths import mixed_lengths
+from strategies.device_host import HostDevice
+from strategies.registry import build
+from tests.strategies.small_models import HYBRID, SCALED
+
+CONTEXT = 16384
+
+
+def churned(
+    name, model=SCALED, operations=400, seed=0, context=CONTEXT, chunks=60, rows=256, **options
+):
+    device = HostDevice(chunks * max(g.chunk_bytes for g in model.groups))
+    strategy = build(name, device, model, context, rows, **options)
+    strategy.start()
+    capacity = strategy.footprint().committed_bytes or device.free_bytes()
+    lengths = mixed_lengths(seed, operations, max(1, context // 64), context)
+    churn = Churn(strategy, model.token_bytes, capacity, lengths, context, seed)
+    churn.run()
+    return churn, strategy, device
+
+
+@pytest.mark.parametrize("model", [SCALED, HYBRID], ids=["plain", "hybrid"])
+@pytest.mark.parametrize("name", ["paged", "eager_pages"])
+def test_everything_comes_back(name, model):
+    small = {} if model is SCALED else {"context": 512, "rows": 12}
+    churn, strategy, device = churned(name, model, **small)
+    held = strategy.footprint()
+    assert held.live_bytes == 0 and not churn.totals
+    assert held.committed_bytes == (0 if name == "paged" else held.reserved_bytes)
+    assert churn.opened > 50
+    strategy.stop()
+    assert device.used_bytes() == 0
+
+
+def test_deferred_release_keeps_what_it_was_told_to():
+    mark = 5 * SCALED.groups[0].chunk_bytes
+    _, strategy, _ = churned("paged", release="deferred", low_water_bytes=mark)
+    assert strategy.footprint().committed_bytes == mark
+
+
+def test_the_same_seed_is_the_same_churn():
+    def seen(seed):
+        churn = churned("paged", operations=200, seed=seed)[0]
+        return churn.opened, churn.refused, churn.means.parts(), churn.admissible.of_free
+
+    assert seen(1) == seen(1)
+    assert seen(1) != seen(2)
+
+
+def test_slots_fragment_and_pages_do_not():
+    exact = churned("static", mem_fraction_of="device", slot_policy="exact")[0]
+    pages = churned("eager_pages")[0]
+    assert exact.refused_while_free > 0
+    assert min(exact.admissible.of_free) < 0.9
+    assert pages.refused_while_free == 0
+    assert min(pages.admissible.of_free) == 1.0
+
+
+def test_larger_chunks_hold_back_more():
+    def external(pages_per_chunk):
+        model = replace(
+            SCALED, groups=(replace(SCALED.groups[0], pages_per_chunk=pages_per_chunk),)
+        )
+        return churned("paged", model, chunks=1320 // pages_per_chunk)[0].means.parts().external
+
+    assert external(4) < external(22) < external(88)
+
+
+def test_lengths_stay_in_their_range_and_cover_it():
+    lengths = mixed_lengths(0, 2000, 10, 1000)
+    assert min(lengths) >= 10 and max(lengths) <= 1000
+    small = sum(n < 100 for n in lengths)
+    assert 800 < small < 1200  # uniform in the logarithm
+    assert mixed_lengths(0, 3, 7, 7) == [7, 7, 7]
