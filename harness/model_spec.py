@@ -6,6 +6,7 @@ and 64 of V), so that scale = K/V elements a token / 128: 192 for 48 layers x 2 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 SCALE_MODEL_HEAD_DIM = 64
+HOST_PAGE_BYTES = 4096
 SCALE_MODEL_ELEMENTS = 2 * SCALE_MODEL_HEAD_DIM
 
 
@@ -76,15 +78,20 @@ class ModelSpec:
 def scaled(model: KVModel) -> KVModel:
     """The same groups with one layer and one KV head each, 128 elements a token in all.
 
-    Chunks keep their number of pages, so that OOM points transfer.
+    Chunks keep their number of pages, so that OOM points transfer, or have the smallest multiple of
+    it that fills whole pages of the host.
     """
     layers = sum(g.geometry.layers for g in model.groups)
-    groups = []
+    groups, left = [], SCALE_MODEL_HEAD_DIM
     for group in model.groups:
         full = group.geometry
-        dim = max(1, SCALE_MODEL_HEAD_DIM * full.layers // layers)
+        last = group is model.groups[-1]
+        dim = left if last else max(1, SCALE_MODEL_HEAD_DIM * full.layers // layers)
+        left -= dim
         small = Geometry(1, 1, full.group, dim, full.kv_dtype, full.page_tokens)
-        groups.append(replace(group, geometry=small))
+        unit = HOST_PAGE_BYTES // math.gcd(small.page_bytes, HOST_PAGE_BYTES)
+        pages = math.lcm(group.pages_per_chunk, unit)
+        groups.append(replace(group, geometry=small, pages_per_chunk=pages))
     return KVModel(model.name, tuple(groups))
 
 
