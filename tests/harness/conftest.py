@@ -22,37 +22,25 @@ def ten_million(tmp_path_factory):
     )
 
 
+# Three sequences in a fixed pool and in pages; a model with local layers, filled beyond its window.
+TIMED_ARMS = [
+    ["strategy=static", "workload.sequences=3", "context=4K"],
+    ["strategy=eager_pages", "workload.sequences=3", "context=4K"],
+    ["model=llama4_scout", "model.hybrid=true", "context=20K"],
+    ["model=llama4_scout", "model.hybrid=true", "context=20K", "model.kv_dtype=bf16"],
+]
+
+
 @pytest.fixture(scope="session")
 def timed(tmp_path_factory):
-    """Three sequences, timed behind the gate, in a fixed pool and in pages of an eager one."""
+    """Trials that are timed behind the gate, each of another kind."""
+    arms = ",".join("[" + ",".join(f"'{word}'" for word in arm) + "]" for arm in TIMED_ARMS)
     return run(
         tmp_path_factory.mktemp("timed") / "runs",
-        "-m",
-        "strategy=static,eager_pages",
+        f"experiment.arms=[{arms}]",
         "hardware=scale_model",
         "hardware.capacity=20GiB",
-        "context=4K",
-        "sweep.contexts=[4K]",
-        "workload.sequences=3",
-        "sweep.brackets=false",
-        "fill=1",
-        "trial.max_samples=2",
-    )
-
-
-@pytest.fixture(scope="session")
-def hybrid(tmp_path_factory):
-    """A model with local layers, filled beyond its window, in FP8 and in BF16."""
-    return run(
-        tmp_path_factory.mktemp("hybrid") / "runs",
-        "-m",
-        "model=llama4_scout",
-        "model.hybrid=true",
-        "model.kv_dtype=fp8_e4m3,bf16",
-        "hardware=scale_model",
-        "hardware.capacity=20GiB",
-        "context=20K",
-        "sweep.contexts=[20K]",
+        "sweep.points=[1.0]",
         "sweep.brackets=false",
         "fill=1",
         "trial.max_samples=2",
@@ -81,5 +69,5 @@ def failed(tmp_path_factory):
         "-m",
         "fault.kind=exception,hang",
         "fault.phase=pool",
-        "trial.timeout_seconds=5",
+        "trial.timeout_seconds=3",
     )

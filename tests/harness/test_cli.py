@@ -102,8 +102,8 @@ def test_rows_have_every_column_of_the_contract(ten_million):
         assert row["basis"] == "scale_model" and row["scale"] == 192
 
 
-def test_every_row_reconciles_and_was_predicted(ten_million, timed, hybrid):
-    for ended in (ten_million, timed, hybrid):
+def test_every_row_reconciles_and_was_predicted(ten_million, timed):
+    for ended in (ten_million, timed):
         assert ended.code == 0, ended.err
         for row in rows(ended.folder):
             assert abs(row["unexplained_bytes"]) <= row["tolerance_bytes"] <= 2**20
@@ -131,9 +131,10 @@ def test_the_last_words_say_what_was_found_and_what_next(ten_million):
     assert str(ten_million.folder / "report.md") in out
 
 
-@pytest.mark.parametrize("made", ["timed", "hybrid"])
-def test_timed_rows_passed_the_gate_and_carry_figures(made, request):
-    for row in rows(request.getfixturevalue(made).folder):
+def test_timed_rows_passed_the_gate_and_carry_figures(timed):
+    found = rows(timed.folder)
+    assert len(found) == 4
+    for row in found:
         assert row["status"] == "ok"
         assert 0 < row["gate_error"] < 0.05 and row["gate_lse_error"] < 5e-3
         assert row["attention_decode_step_ms"] > 0 and row["decode_samples"] >= 2
@@ -146,7 +147,7 @@ def test_timed_rows_passed_the_gate_and_carry_figures(made, request):
 
 
 def test_several_sequences_are_all_resident(timed):
-    found = rows(timed.folder)
+    found = [r for r in rows(timed.folder) if r["sequences"] == 3]
     assert [r["resident_tokens"] for r in found] == [12_000, 12_000]
     fixed = pick(found, strategy="static")
     eager = pick(found, strategy="eager_pages")
@@ -164,8 +165,9 @@ def test_every_timing_is_kept_as_a_sample(timed):
         assert len(own[2]["histories"]) == 5
 
 
-def test_local_layers_hold_their_window_only(hybrid):
-    fp8, bf16 = sorted(rows(hybrid.folder), key=lambda r: r["kv_bytes_per_token"])
+def test_local_layers_hold_their_window_only(timed):
+    found = [r for r in rows(timed.folder) if r["hybrid"]]
+    fp8, bf16 = sorted(found, key=lambda r: r["kv_bytes_per_token"])
     assert (fp8["kv_dtype"], bf16["kv_dtype"]) == ("fp8_e4m3", "bf16")
     assert bf16["kv_bytes_per_token"] == 2 * fp8["kv_bytes_per_token"]
     flat = 20_000 * fp8["kv_bytes_per_token"]

@@ -68,8 +68,8 @@ def test_an_error_of_a_trial_is_a_fault_of_the_harness(failed):
 
 def test_a_trial_that_hangs_is_killed_when_its_time_is_over(failed):
     row = by_fault(failed)["hang"]
-    assert row["status"] == "timeout" and "5 s" in row["error"]
-    assert 5 <= row["wall_seconds"] < 60
+    assert row["status"] == "timeout" and "3 s" in row["error"]
+    assert 3 <= row["wall_seconds"] < 60
     assert row["oom_phase"] == "weights"
 
 
