@@ -85,7 +85,8 @@ class Peers:
         longest, scale = int(lengths.max()), q.shape[-1] ** -0.5
         forward = self.modules["FA3"].fwd
         return lambda: forward(
-            *(q, k, v, None, None, None, None, cu_q, None, None, used, queries, longest, table),
+            *(q, k, v, None, None, None, None, cu_q, None, None, None, used),
+            *(queries, longest, table),
             *(None, None, None, None, None, one, one, one, scale, causal, -1, -1, 0.0, True),
             *(None, splits, None, 0, None, 1, 0, None),
         )
