@@ -1,23 +1,18 @@
 """Append: new tokens' K and V are quantised and stored in their pages, V transposed.
 
-Of whole tiles a program takes half a tile of K or of V: V turns around in registers, so that every
-store is 16 bytes of neighbours. Tokens that fill no tile (a decode step, the ends of a run) are
-stored byte by byte. Each launch is set up while the one before still runs, and waits for its end
-before it reads anything.
+Whole tiles are one program each: V turns around in registers, so that every store is 16 bytes of
+neighbours. Tokens that fill no tile (a decode step, the ends of a run) are stored byte by byte.
 """
 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from kernels.reference import FP8_MAX
 from kernels.view import View
 
 TILE_WARPS = 4
-TILE_ROWS = 64  # tokens of one program: half a tile of K or V keeps many loads in flight
 TOKEN_WARPS = 1
-INTERPRETED = triton.knobs.runtime.interpret
 
 
 @triton.jit
@@ -50,35 +45,27 @@ def append_tiles_kernel(
     KV_HEADS: tl.constexpr,
     D: tl.constexpr,
     PAGE: tl.constexpr,
-    ROWS: tl.constexpr,
     DTYPE: tl.constexpr,
     LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """``ROWS`` tokens (program 0) of one KV head (program 1): of K or of V (program 2)."""
-    part = tl.program_id(0)
+    """Tile ``program 0`` of the run, KV head ``program 1``: ``[PAGE, D]`` of K and of V."""
+    tile = tl.program_id(0)
     head = tl.program_id(1)
-    tile = part // (PAGE // ROWS)
-    inner = part % (PAGE // ROWS) * ROWS + tl.arange(0, ROWS)
+    n = tl.arange(0, PAGE)
     d = tl.arange(0, D)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     page = tl.load(table + first_page + tile).to(tl.int64)
     base = tl.multiple_of(arena.to(tl.pointer_type(DTYPE)), 16)
     tile_elements: tl.constexpr = PAGE * D
     at = page * page_elements + (layer.to(tl.int64) * 2 * KV_HEADS + head) * tile_elements
     at = tl.multiple_of(at, 16)
-    token = (part.to(tl.int64) * ROWS + tl.arange(0, ROWS))[:, None]
-    if tl.program_id(2) == 0:
-        x = tl.load(k + token * k_token + head * D + d[None, :])
-        code = to_code(x, 1.0 / tl.load(k_scale + head), DTYPE, LIMIT)
-        tl.store(base + at + inner[:, None] * D + d[None, :], code)
-    else:
-        x = tl.load(v + token * v_token + head * D + d[None, :])
-        code = to_code(x, 1.0 / tl.load(v_scale + head), DTYPE, LIMIT)
-        at += KV_HEADS * tile_elements
-        tl.store(base + at + d[:, None] * PAGE + inner[None, :], tl.trans(code))
+    token = (tile.to(tl.int64) * PAGE + n)[:, None]
+    x = tl.load(k + token * k_token + head * D + d[None, :])
+    code = to_code(x, 1.0 / tl.load(k_scale + head), DTYPE, LIMIT)
+    tl.store(base + at + n[:, None] * D + d[None, :], code)
+    x = tl.load(v + token * v_token + head * D + d[None, :])
+    code = to_code(x, 1.0 / tl.load(v_scale + head), DTYPE, LIMIT)
+    at += KV_HEADS * tile_elements
+    tl.store(base + at + d[:, None] * PAGE + n[None, :], tl.trans(code))
 
 
 @triton.jit(
@@ -107,15 +94,11 @@ def append_tokens_kernel(
     PAGE: tl.constexpr,
     DTYPE: tl.constexpr,
     LIMIT: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """Token ``program 0``, KV head ``program 1``; a run's tokens follow one another in one row."""
     t = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, D)
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     if RUN:
         position = first_position + t
         table_row = row.to(tl.int64)
@@ -226,8 +209,7 @@ def _tiles(
     view: View, layer: int, k: torch.Tensor, v: torch.Tensor, row: int, first_page: int
 ) -> None:
     g = view.geometry
-    rows = min(TILE_ROWS, g.page_tokens)
-    append_tiles_kernel[(len(k) // rows, g.kv_heads, 2)](
+    append_tiles_kernel[(len(k) // g.page_tokens, g.kv_heads)](
         k,
         v,
         k.stride(0),
@@ -242,12 +224,9 @@ def _tiles(
         KV_HEADS=g.kv_heads,
         D=g.head_dim,
         PAGE=g.page_tokens,
-        ROWS=rows,
         DTYPE=_dtype(view),
         LIMIT=FP8_MAX,
-        PDL=not INTERPRETED,
         num_warps=TILE_WARPS,
-        launch_pdl=True,
     )
 
 
@@ -286,7 +265,5 @@ def _tokens(
         PAGE=g.page_tokens,
         DTYPE=_dtype(view),
         LIMIT=FP8_MAX,
-        PDL=not INTERPRETED,
         num_warps=TOKEN_WARPS,
-        launch_pdl=True,
     )

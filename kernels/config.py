@@ -47,8 +47,8 @@ class DecodeConfig:
     block_tokens : int
         Tokens of one step: the M side of the first product.
     num_warps, num_stages : int
-        Triton's launch options; a stage is one buffer of K and V. (By pointers the load of the
-        page number takes part in the pipeline, and 2 to 4 stages give two buffers.)
+        Triton's launch options. The load of the page number takes part in the pipeline, so that
+        2 to 4 stages give two K/V buffers, and 5 gives three.
     programs_per_sm : int
         Programs that fit an SM at once; the grid is one wave of them.
     blocks_ahead : int
@@ -69,21 +69,24 @@ class DecodeConfig:
 
 # (head_dim, kv_dtype) -> block_tokens, num_stages, (programs_per_sm, num_warps) with N = 16 and 32
 _TMA = {
-    (64, "fp8_e4m3"): (128, 3, (4, 4), (3, 4)),
-    (128, "fp8_e4m3"): (128, 3, (2, 4), (2, 4)),
-    (256, "fp8_e4m3"): (64, 3, (2, 4), (2, 4)),
-    (64, "bf16"): (128, 3, (2, 4), (2, 4)),
-    (128, "bf16"): (64, 3, (2, 4), (2, 4)),
-    (256, "bf16"): (64, 3, (1, 4), (1, 4)),
+    (64, "fp8_e4m3"): (128, 5, (4, 4), (3, 4)),
+    (128, "fp8_e4m3"): (128, 5, (2, 4), (2, 4)),
+    (256, "fp8_e4m3"): (64, 5, (2, 4), (2, 4)),
+    (64, "bf16"): (128, 5, (2, 4), (2, 4)),
+    (128, "bf16"): (64, 5, (2, 4), (2, 4)),
+    (256, "bf16"): (64, 5, (1, 4), (1, 4)),
 }
 _POINTER = {
     (64, "fp8_e4m3"): (128, 4, (3, 4), (2, 4)),
-    (128, "fp8_e4m3"): (128, 4, (3, 4), (2, 4)),
+    (128, "fp8_e4m3"): (128, 4, (2, 4), (2, 4)),
     (256, "fp8_e4m3"): (64, 4, (2, 4), (1, 8)),
     (64, "bf16"): (128, 4, (2, 4), (2, 4)),
     (128, "bf16"): (64, 4, (2, 4), (2, 4)),
     (256, "bf16"): (64, 4, (1, 4), (1, 4)),
 }
+# Short contexts end before a deep pipeline fills: more programs with fewer buffers start sooner.
+_TMA_SHORT = {(128, "fp8_e4m3"): (128, 3, (3, 4), (2, 4))}
+SHORT_TOKENS = 1 << 19
 BLOCKS_AHEAD = 2  # per program: 17 MB of an H200's 60 MB L2
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
 HEAD_DIMS = (64, 128, 256)
@@ -147,7 +150,7 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     ----------
     geometry : Geometry
     context_tokens : int
-        Tokens of all sequences together; one choice serves every length today.
+        Tokens of all sequences together.
 
     Raises
     ------
@@ -156,9 +159,12 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     """
     check_geometry(geometry)
     tma = geometry.page_tokens == PAGE_TOKENS
-    table = _TMA if tma else _POINTER
+    shape = geometry.head_dim, geometry.kv_dtype
+    chosen = (_TMA if tma else _POINTER)[shape]
+    if tma and context_tokens * geometry.kv_heads <= SHORT_TOKENS:
+        chosen = _TMA_SHORT.get(shape, chosen)
     n = padded_group(geometry.group)
-    block, stages, narrow, wide = table[geometry.head_dim, geometry.kv_dtype]
+    block, stages, narrow, wide = chosen
     programs, warps = narrow if n == 16 else wide
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
@@ -171,9 +177,15 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     )
 
 
+def decode_configs(geometry: Geometry) -> tuple[DecodeConfig, ...]:
+    """The configurations that contexts of any length can lead a geometry to."""
+    short, long = decode_config(geometry, 0), decode_config(geometry, 1 << 40)
+    return (short,) if short == long else (short, long)
+
+
 def decode_partials(geometry: Geometry, sm_count: int) -> int:
     """Most partial results of a decode step: a program leaves at most two pieces of a sequence."""
-    return 2 * sm_count * decode_config(geometry).programs_per_sm
+    return 2 * sm_count * max(c.programs_per_sm for c in decode_configs(geometry))
 
 
 def decode_scratch_bytes(geometry: Geometry, sequences: int, sm_count: int) -> int:
@@ -199,5 +211,5 @@ def all_decode_configs() -> list[tuple[Geometry, DecodeConfig]]:
             for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
                 for group in (5, 20):
                     geometry = Geometry(2, 2, 2 * group, head_dim, kv_dtype, page)
-                    found.append((geometry, decode_config(geometry)))
+                    found += [(geometry, config) for config in decode_configs(geometry)]
     return found

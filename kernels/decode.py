@@ -67,9 +67,6 @@ def decode(
         sm_scale = g.head_dim**-0.5
     tma = config.variant == "swap_ab_tma"
     k_box, v_box = plan.boxes if tma else (None, None)
-    # Programs that start early take what room is left on an SM. Those that load by pointers are
-    # small: some SMs would get one too many, and others one too few.
-    early = tma and not INTERPRETED
     fp8 = g.kv_dtype == "fp8_e4m3"
     decode_kernel[(plan.programs,)](
         q,
@@ -99,11 +96,11 @@ def decode(
         TMA=tma,
         STAGES=config.num_stages,
         AHEAD=config.blocks_ahead,
-        PDL=early,
+        PDL=not INTERPRETED,
         WIDE=INTERPRETED and not fp8,
         INTERPRETED=INTERPRETED,
         num_warps=config.num_warps,
-        launch_pdl=early,
+        launch_pdl=True,
     )
     if plan.cut.merges:
         merge_pieces(plan, out, lse)

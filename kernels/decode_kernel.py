@@ -40,8 +40,7 @@ def tile_origin(
     """
     n = tl.arange(0, BLOCK)
     position = tl.minimum(tl.maximum(t * BLOCK + n, first), end - 1)
-    index = tl.max_constancy(position >> page_shift, 16)
-    page = tl.max_constancy(tl.load(table + index), 16).to(tl.int64)
+    page = tl.max_constancy(tl.load(table + (position >> page_shift)), 16).to(tl.int64)
     base = tl.multiple_of(arena.to(tl.pointer_type(DTYPE)), 16)
     sixteens = (t * (BLOCK // 16) + n // 16) & ((1 << (page_shift - 4)) - 1)
     inner = tl.max_constancy(sixteens, 16) * 16 + n % 16
@@ -115,34 +114,18 @@ def fetch_ahead(
     Only a hint, so it need not wait for what that kernel writes: the page number is read past the
     L1 cache, and everything is read again, by the loads that count, after the wait.
     """
-    PER_PAGE: tl.constexpr = 128 // BLOCK
-    last = tl.maximum(t1 - 1, 0)
-    page = tl.load(table + tl.minimum(t0, last) // PER_PAGE, cache_modifier=".cg")
-    following = tl.load(table + tl.minimum(t0 + 1, last) // PER_PAGE, cache_modifier=".cg")
+    LINES: tl.constexpr = BLOCK * D * ITEMSIZE // 128
+    WIDE: tl.constexpr = BLOCK * ITEMSIZE // 128 if BLOCK * ITEMSIZE > 128 else 1
     for j in tl.static_range(AHEAD):
-        t = tl.minimum(t0 + j, last)
-        at = page.to(tl.int64) * page_elements + tile.to(tl.int64) * 128 * D
-        fetch_block(arena + at * ITEMSIZE, t % PER_PAGE * BLOCK, KV_HEADS, D, BLOCK, ITEMSIZE)
-        page = following
-        if j + 2 < AHEAD:
-            t = tl.minimum(t0 + j + 2, last)
-            following = tl.load(table + t // PER_PAGE, cache_modifier=".cg")
-
-
-@triton.jit
-def fetch_block(
-    k: tl.int64,
-    part,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ITEMSIZE: tl.constexpr,
-):
-    """Ask for the lines of ``BLOCK`` tokens from ``part`` on of a K tile and of its V tile."""
-    v = k + (KV_HEADS * 128 * D + part) * ITEMSIZE
-    fetch_lines(k + part * D * ITEMSIZE + tl.arange(0, BLOCK * D * ITEMSIZE // 128) * 128)
-    for line in tl.static_range((BLOCK * ITEMSIZE + 127) // 128):
-        fetch_lines(v + tl.arange(0, D) * (128 * ITEMSIZE) + line * 128)
+        t = t0 + j
+        if t < t1:
+            page = tl.load(table + t // (128 // BLOCK), cache_modifier=".cg").to(tl.int64)
+            part = t % (128 // BLOCK) * BLOCK
+            k = arena + (page * page_elements + tile.to(tl.int64) * 128 * D) * ITEMSIZE
+            v = k + (KV_HEADS * 128 * D + part) * ITEMSIZE
+            fetch_lines(k + part * D * ITEMSIZE + tl.arange(0, LINES) * 128)
+            for line in tl.static_range(WIDE):
+                fetch_lines(v + tl.arange(0, D) * (128 * ITEMSIZE) + line * 128)
 
 
 @triton.jit
@@ -240,11 +223,9 @@ def decode_kernel(
         acc = tl.zeros([D, N], tl.float32)
         full = t0 + (first > t0 * BLOCK).to(tl.int32)
         full_end = tl.maximum(t1 - (end < t1 * BLOCK).to(tl.int32), full)
-        # The number of the next page is carried, so that a tile's load never waits for its own.
-        page = tl.load(table + full // PER_PAGE, mask=full < full_end, other=0)
         for t in tl.range(full, full_end, num_stages=STAGES):
             if TMA:
-                follow = tl.load(table + tl.minimum(t + 1, full_end - 1) // PER_PAGE)
+                page = tl.load(table + t // PER_PAGE)
                 part = t % PER_PAGE * BLOCK
                 k = tl.reshape(k_box.load([page, k_row + part, 0]), [BLOCK, D])
             else:
@@ -258,7 +239,6 @@ def decode_kernel(
             p, rescale, m, l = soften(qt, k, m, l, score_scale, None, False)
             if TMA:
                 v = tl.reshape(v_box.load([page, v_row, part]), [D, BLOCK])
-                page = follow
             else:
                 v = tl.load((origin + inner)[None, :] + v_at)
             acc = accumulate(acc, rescale, p, v, FP8, WIDE)

@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from kernels.decode_plan import DecodePlan
 
 INTERPRETED = triton.knobs.runtime.interpret
-# Partials held at once, elements of D, and warps of a program: where one sequence was cut into many
-# pieces, many programs of few elements each have all their loads in flight at once.
-PIECES = ((16, 32, 4), (64, 32, 4), (256, 8, 4), (512, 8, 8))
+WIDTH = 32  # elements of D a program merges: many small programs, each with all loads in flight
+PIECES = ((16, 4), (128, 4), (256, 4), (512, 8))  # partials held at once, and warps
 
 
 @triton.jit(
@@ -85,15 +84,15 @@ def merge_kernel(
         tl.store(out_lse + where, (top + tl.log2(total)).to(out_lse.dtype.element_ty))
 
 
-def _held(pieces: int) -> tuple[int, int, int]:
+def _held(pieces: int) -> tuple[int, int]:
     return next((shape for shape in PIECES if shape[0] >= pieces), PIECES[-1])
 
 
 def merge_pieces(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor) -> None:
     """Merge the pieces that a split decode step left in its plan's partials."""
     g = plan.geometry
-    held, width, warps = _held(plan.max_pieces)
-    merge_kernel[(len(plan.cut.merges) * g.group, g.head_dim // width)](
+    held, warps = _held(plan.max_pieces)
+    merge_kernel[(len(plan.cut.merges) * g.group, g.head_dim // WIDTH)](
         plan.partial_out,
         plan.partial_lse,
         plan.merges,
@@ -105,7 +104,7 @@ def merge_pieces(plan: DecodePlan, out: torch.Tensor, lse: torch.Tensor) -> None
         G=g.group,
         D=g.head_dim,
         P=held,
-        WIDTH=width,
+        WIDTH=WIDTH,
         TABLE=True,
         PDL=not INTERPRETED,
         num_warps=warps,
@@ -145,9 +144,9 @@ def merge(
         out = torch.empty(outs.shape[1:], dtype=outs.dtype, device=outs.device)
     if lse is None:
         lse = torch.empty(lses.shape[1:], dtype=torch.float32, device=outs.device)
-    depth, rows = outs.shape[-1], lses[0].numel()
-    held, width, warps = _held(len(outs))
-    merge_kernel[(rows, -(-depth // width))](
+    width, rows = outs.shape[-1], lses[0].numel()
+    held, warps = _held(len(outs))
+    merge_kernel[(rows, -(-width // WIDTH))](
         outs,
         lses,
         lses,
@@ -157,9 +156,9 @@ def merge(
         len(outs),
         0,
         G=1,
-        D=depth,
+        D=width,
         P=held,
-        WIDTH=width,
+        WIDTH=WIDTH,
         TABLE=False,
         PDL=False,
         num_warps=warps,
