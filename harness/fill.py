@@ -90,7 +90,8 @@ class Filler:
             self._pending_seconds += seconds
 
     def _report(self) -> None:
-        """One ledger event for what was committed since the last one."""
+        """One ledger event for what was committed since the last one, in the background too."""
+        self.strategy.settle()  # or the meters would see chunks that the ledger does not yet
         nbytes = uncounted_bytes(self.strategy, self.ledger)
         if nbytes:
             self.ledger.event("fill", "kv_pages", nbytes, self._pending_seconds)

@@ -68,7 +68,10 @@ def predict_cell(cell: Cell) -> Prediction:
         fill = 0.0
     elif settings.workload["kind"] == "batch":  # as if all were of their mean length
         fill = filled_tokens(cell) / (cell.context_tokens * settings.sequences)
-    return predict(plan_spec(cell.settings, cell.context_tokens, fill, cell.context_index))
+    spec = plan_spec(settings, cell.context_tokens, fill, cell.context_index)
+    if cell.purpose == "bracket" and "growth" in spec.options:
+        spec = spec.with_options(growth="sync")  # no sequence is open, so nothing is ahead of one
+    return predict(spec)
 
 
 _COMPLAINT = re.compile(
