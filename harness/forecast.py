@@ -69,9 +69,13 @@ def predict_cell(cell: Cell) -> Prediction:
     elif settings.workload["kind"] == "batch":  # as if all were of their mean length
         fill = filled_tokens(cell) / (cell.context_tokens * settings.sequences)
     spec = plan_spec(settings, cell.context_tokens, fill, cell.context_index)
-    if cell.purpose == "bracket" and "growth" in spec.options:
-        spec = spec.with_options(growth="sync")  # no sequence is open, so nothing is ahead of one
-    return predict(spec)
+    if cell.purpose != "bracket":
+        return predict(spec)
+    # No sequence is opened: nothing is committed ahead of one, and none is refused.
+    if "growth" in spec.options:
+        spec = spec.with_options(growth="sync")
+    made = predict(spec)
+    return dataclasses.replace(made, outcome="ok") if made.started else made
 
 
 _COMPLAINT = re.compile(
