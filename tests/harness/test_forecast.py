@@ -63,6 +63,17 @@ def test_cells_of_one_process_have_a_prediction_each():
     assert kv[0] == 0 < kv[1] < kv[2]
 
 
+def test_a_bracket_s_trial_opens_no_sequence():
+    """Nothing is refused in it, and nothing committed ahead of growth."""
+    own = made("strategy=static", "strategy.mem_fraction_of=device", "context=10M")
+    plan = forecast.predict_cell(Cell(own, 10_000_000, purpose="bracket"))
+    assert plan.outcome == "ok" and plan.started and not plan.admits_context
+    assert forecast.predict_cell(Cell(own, 10_000_000, purpose="resident")).outcome == "refused"
+    ahead = made("strategy=paged", "strategy.growth=ahead", "context=1M")
+    assert forecast.predict_cell(Cell(ahead, 1_000_000, purpose="bracket")).predicted_kv_bytes == 0
+    assert forecast.predict_cell(Cell(ahead, 1_000_000, fill=0.0)).predicted_kv_bytes > 0
+
+
 def test_brackets_open_where_the_planner_turns():
     for words in (["strategy=static"], ["strategy=paged", "workload.sequences=2"]):
         own = made(*words, "context=10M")

@@ -41,8 +41,14 @@ def geometries(draw):
     hybrid = one("true", "false")
     # How the windows of hundreds of sequences share chunks is foreseen to some chunks only.
     sequences = one(1, 2) if hybrid == "true" else one(1, 2, 300)
+    strategy = one("static", "paged", "eager_pages", "sglang", "vllm")
+    keys = {
+        "static": f"strategy.mem_fraction_of={one('context', 'device')}",
+        "paged": f"strategy.growth={one('sync', 'ahead')}",
+    }
     words = [
-        f"strategy={one('static', 'paged', 'eager_pages', 'sglang', 'vllm')}",
+        f"strategy={strategy}",
+        keys.get(strategy, "seed=0"),
         f"parallel.ranks={ranks}",
         f"model.layers={layers}",
         f"model.kv_heads_total={kv_heads}",
