@@ -18,6 +18,7 @@ from harness.folder import FolderError, Outcome
 from harness.oom_killer import oom_kills
 from harness.rows import Row, identity
 from harness.sizes import printable
+from harness.spare import Spare
 
 # A killed process gives 140 GiB of a GPU back before it is gone.
 KILL_GRACE_SECONDS = 60.0
@@ -39,7 +40,12 @@ class Job:
         return f"{cell.settings.strategy} {cell.context_tokens:,}"
 
 
-def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = None) -> Outcome:
+def run_job(
+    job: Job,
+    scratch: Path,
+    on_record: Callable[[Row], None] | None = None,
+    spare: Spare | None = None,
+) -> Outcome:
     """Run one trial in a fresh process and wait for its end, its timeout, or an interrupt.
 
     Parameters
@@ -48,6 +54,8 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
         Folder for the spec, the records and the log; emptied by the caller when the rows are safe.
     on_record : callable, optional
         Told of each record as it arrives, for progress.
+    spare : Spare, optional
+        A process that is ready may take the trial, and the next one is made ready beside it.
 
     Raises
     ------
@@ -65,8 +73,16 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
         return run_everywhere(job, scratch, on_record)
     spec, records, log = prepared(job, scratch)
     began = time.monotonic()
+    process = (spare.take(spec) if spare else None) or _started(spec, log)
+    if spare:
+        spare.prepare(child_environment())
+    timed_out = _wait(process, job, records, on_record, began)
+    return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
+
+
+def _started(spec: Path, log: Path) -> subprocess.Popen[bytes]:
     with open(log, "wb") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-m", "harness.worker", str(spec)],
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -74,8 +90,6 @@ def run_job(job: Job, scratch: Path, on_record: Callable[[Row], None] | None = N
             start_new_session=True,
             env=child_environment(),
         )
-        timed_out = _wait(process, job, records, on_record, began)
-    return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
 
 
 def prepared(job: Job, scratch: Path, team: Row | None = None) -> tuple[Path, Path, Path]:
@@ -84,6 +98,7 @@ def prepared(job: Job, scratch: Path, team: Row | None = None) -> tuple[Path, Pa
     content = {
         "parent": os.getpid(),
         "records": str(records),
+        "log": str(log),
         "extra": job.extra,
         "cells": [c.to_json() for c in job.cells],
         "team": team,

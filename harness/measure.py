@@ -100,7 +100,7 @@ def measure(
     note("prefill", _raw(prefill) | {"history_tokens": tokens - chunk, "chunk_tokens": chunk})
     row |= _prefill_columns(strategy, sequences[-1], tokens, chunk, prefill)
     if cell.histories and tokens > 4 * chunk:
-        model = watch.prefill_model(sequences[-1], tokens, chunk)
+        model = watch.prefill_model(sequences[-1], tokens, chunk, prefill.median_ms)
         note("prefill_model", {"histories": model.histories, "chunk_ms": model.chunk_ms})
         row["prefill_modelled_seconds"] = model.total_seconds
         row["prefill_model_residual"] = model.relative_residual

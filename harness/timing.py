@@ -159,7 +159,9 @@ class Stopwatch:
         count = self.settings.model.layers
         return range(index * count // layers, (index + 1) * count // layers)
 
-    def prefill(self, sequence: int, history: int, chunk: int, most: int | None = None) -> Samples:
+    def prefill(
+        self, sequence: int, history: int, chunk: int, most: int | None = None, warm: bool = False
+    ) -> Samples:
         """The chunk of queries that follows ``history`` tokens, through every layer."""
         from kernels import ops
 
@@ -177,14 +179,25 @@ class Stopwatch:
                 for layer in range(view.geometry.layers):
                     ops.prefill(view, layer, q, plan, out, lse)
 
-        return self._sample(step, most)
+        return self._sample(step, most, warm)
 
-    def prefill_model(self, sequence: int, tokens: int, chunk: int) -> PrefillModel:
-        """Chunk times at several histories, fitted, and their sum over a prompt of ``tokens``."""
+    def prefill_model(self, sequence: int, tokens: int, chunk: int, top_ms: float) -> PrefillModel:
+        """Chunk times at several histories, fitted, and their sum over a prompt of ``tokens``.
+
+        Parameters
+        ----------
+        top_ms : float
+            The chunk's time after the longest history, which was measured already.
+        """
         count = self.settings.trial.prefill_histories
         top = tokens - chunk
         histories = tuple(sorted({round(top * i / (count - 1)) for i in range(count)}))
-        ms = tuple(self.prefill(sequence, h, chunk, CUDA_MIN_SAMPLES).median_ms for h in histories)
+        # The kernels are loaded, and the shortest history, which comes first, warms up the rest.
+        below = tuple(
+            self.prefill(sequence, h, chunk, CUDA_MIN_SAMPLES, warm=h > 0).median_ms
+            for h in histories[:-1]
+        )
+        ms = (*below, top_ms)
         a, b = fit_line(histories, ms)
         # Under context parallelism a rank sees every query, and its share of the history.
         ranks = self.settings.parallel.context_ranks
@@ -198,14 +211,16 @@ class Stopwatch:
         """Milliseconds of one step."""
         return self._cuda_ms(step) if self.on_cuda else _host_ms(step)
 
-    def _sample(self, step: Callable[[], None], most: int | None = None) -> Samples:
+    def _sample(
+        self, step: Callable[[], None], most: int | None = None, warm: bool = False
+    ) -> Samples:
         one = self.once_ms
         budget, least = (
             (CUDA_BUDGET_SECONDS, CUDA_MIN_SAMPLES)
             if self.on_cuda
             else (HOST_BUDGET_SECONDS, HOST_MIN_SAMPLES)
         )
-        warmup = one(step)
+        warmup = 0.0 if warm else one(step)
         ms: list[float] = []
         began = time.perf_counter()
         while len(ms) < (most or self.settings.trial.max_samples):

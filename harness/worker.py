@@ -1,5 +1,6 @@
 """The process of one trial: ``python -m harness.worker SPEC`` (started by the harness).
 
+``--wait PARENT`` instead of SPEC loads the libraries and reads the SPEC's path from standard input.
 Reads the cells from SPEC (JSON), runs them, and appends records to the file that SPEC names, one
 JSON object a line, each flushed as it happens: what a killed trial had reached is not lost.
 """
@@ -7,6 +8,7 @@ JSON object a line, each flushed as it happens: what a killed trial had reached 
 from __future__ import annotations
 
 import ctypes
+import importlib
 import json
 import os
 import signal
@@ -22,6 +24,14 @@ from harness.ranks_control import Control
 from harness.trial import Trial
 
 PR_SET_PDEATHSIG = 1
+NEEDED = (
+    "torch",
+    "triton",
+    "harness.measure",
+    "kernels.ops",
+    "kernels.warm",
+    "strategies.device_cuda",
+)
 
 
 def die_with_parent(parent: int) -> None:
@@ -29,6 +39,21 @@ def die_with_parent(parent: int) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before the call
         os._exit(1)
+
+
+def awaited_spec(parent: int) -> str | None:
+    """Load what a trial on a GPU needs, then wait for the path of its spec; None: not needed."""
+    die_with_parent(parent)
+    for library in NEEDED:
+        importlib.import_module(library)
+    path = sys.stdin.readline().strip()
+    if not path:
+        return None
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    log = os.open(json.loads(Path(path).read_text())["log"], os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return path
 
 
 def main(path: str) -> int:
@@ -55,4 +80,7 @@ def main(path: str) -> int:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--wait":
+        found = awaited_spec(int(sys.argv[2]))
+        sys.exit(0 if found is None else main(found))
     sys.exit(main(sys.argv[1]))
