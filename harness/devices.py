@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from harness.ledger import Ledger
+from harness.ledger import Ledger, lent_bytes
 from harness.settings import Settings
 from strategies.device import Device
 from strategies.model import LayerGroup
@@ -47,7 +47,7 @@ def open_device(settings: Settings, ledger: Ledger, loads_kernels: bool) -> Devi
             _grow_once(cuda, group)
     cuda.empty_cache()
     ledger.device = cuda
-    ledger.event("context", "cuda_context", cuda.used_bytes(), time.perf_counter() - began)
+    ledger.event("context", "cuda_context", lent_bytes(cuda), time.perf_counter() - began)
     return cuda
 
 

@@ -2,7 +2,8 @@
 
 At each event the meters are read, not polled: the ledger's own sum, torch's, NVML's with the
 driver's, or on the host the resident bytes of the scale model's mappings. What the device holds
-and the ledger cannot name is ``unexplained_bytes``.
+and neither the ledger nor torch's cache (reserved less allocated: it takes large buffers from the
+driver in steps of 2 MiB and small ones in blocks of 20 MiB) can name is ``unexplained_bytes``.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Ledger:
         self.resident_tokens = 0
         self.bytes: dict[tuple[str, str], int] = {}
         self.phase_peak_bytes: dict[str, int] = {}
-        self._used_bytes = 0  # at the last event
+        self._lent_bytes = 0  # at the last event
         self.peak_ledger_bytes = 0
         self.peak_device_bytes = 0
         self.peak_torch_bytes = 0
@@ -71,8 +72,7 @@ class Ledger:
     def graph_made(self) -> None:
         """A CUDA graph took memory from the driver: only the meter knows how much."""
         assert self.device is not None
-        grown = self.device.used_bytes() - self._used_bytes
-        self.event("decode", "cuda_graph", max(0, grown))
+        self.event("decode", "cuda_graph", max(0, lent_bytes(self.device) - self._lent_bytes))
 
     def note(self, phase: str, what: str) -> None:
         """Read the meters at a moment when nothing was allocated."""
@@ -80,13 +80,13 @@ class Ledger:
 
     def _read(self, phase: str) -> dict[str, Any]:
         assert self.device is not None
-        used = self._used_bytes = self.device.used_bytes()
-        meters = self.device.meters()
+        used, meters = self.device.used_bytes(), self.device.meters()
+        self._lent_bytes = used - _cached_bytes(meters)
         self.peak_device_bytes = max(self.peak_device_bytes, used)
         self.peak_torch_bytes = max(
             self.peak_torch_bytes, meters.get("torch_peak_reserved_bytes", 0)
         )
-        off = used - self.total_bytes
+        off = self._lent_bytes - self.total_bytes
         if abs(off) > abs(self.unexplained_bytes):
             self.unexplained_bytes, self.unexplained_phase = off, phase
         return {
@@ -94,6 +94,15 @@ class Ledger:
             "device_free_bytes": self.device.free_bytes(),
             **{k: v for k, v in meters.items() if k != "torch_peak_reserved_bytes"},
         }
+
+
+def lent_bytes(device: Device) -> int:
+    """Bytes in use on the device, without what torch keeps in its cache."""
+    return device.used_bytes() - _cached_bytes(device.meters())
+
+
+def _cached_bytes(meters: dict[str, int]) -> int:
+    return meters.get("torch_reserved_bytes", 0) - meters.get("torch_allocated_bytes", 0)
 
 
 def tolerance_bytes(kind: str, chunk_bytes: int) -> int:

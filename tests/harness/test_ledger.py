@@ -85,3 +85,34 @@ def test_what_the_ledger_is_not_told_of_is_unexplained_and_placed():
 )
 def test_tolerance(kind, chunk, allowed):
     assert tolerance_bytes(kind, chunk) == allowed
+
+
+class Meters(HostDevice):
+    """A host device that reports an allocator's cache, as torch's on CUDA."""
+
+    reserved_bytes = allocated_bytes = 0
+
+    def used_bytes(self) -> int:
+        return super().used_bytes() + self.reserved_bytes - self.allocated_bytes
+
+    def meters(self) -> dict[str, int]:
+        return {
+            "torch_reserved_bytes": self.reserved_bytes,
+            "torch_allocated_bytes": self.allocated_bytes,
+        }
+
+
+def test_what_the_allocator_keeps_in_its_cache_is_explained_and_what_it_lent_is_not():
+    ledger = Ledger(lambda row: None)
+    device = Meters(64 * MIB, observer=ledger)
+    ledger.device = device
+    device.allocate("tables", "table", 5 * MIB)
+    device.reserved_bytes, device.allocated_bytes = 6 * MIB, 5 * MIB
+    ledger.note("tables", "rounded up")
+    assert ledger.unexplained_bytes == 0
+    device.observer = None
+    device.allocate("tables", "hidden", MIB)  # lent from the cache, to somebody else
+    device.allocated_bytes += MIB
+    ledger.note("workspace", "after")
+    assert (ledger.unexplained_bytes, ledger.unexplained_phase) == (MIB, "workspace")
+    device.close()
