@@ -38,9 +38,23 @@ class StepBuffers:
         """Whether the workspace holds real buffers."""
         return not self.settings.on_host
 
-    def scratch(self, kind: str) -> torch.Tensor | None:
-        """Partials of ``decode`` or ``prefill``; None lets the plan allocate them (host)."""
-        return self.workspace.buffers[f"{kind}_partials"].u8 if self.on_cuda else None
+    def decode_scratch(self) -> torch.Tensor | None:
+        """Partials of a decode step of any group; None lets the plan allocate them (host)."""
+        return self.workspace.buffers["decode_partials"].u8 if self.on_cuda else None
+
+    def prefill_scratch(self, group: int) -> torch.Tensor | None:
+        """Partials and tables of a group's prefill chunk: a plan's tables stay while it is used."""
+        if not self.on_cuda:
+            return None
+        from kernels.prefill_plan import prefill_scratch_bytes
+
+        tokens, sms = self.settings.trial.prefill_chunk_tokens, self.settings.hardware.sm_count
+        sizes = [
+            prefill_scratch_bytes(g.geometry, tokens, sms)
+            for g in self.settings.full_model().groups
+        ]
+        at = sum(sizes[:group])
+        return self.workspace.buffers["prefill_partials"].u8[at : at + sizes[group]]
 
     def random_queries(self, view: View, tokens: int, seed: int) -> torch.Tensor:
         """Normal queries ``[tokens, q_heads, D]`` on the host, in the queries' dtype."""

@@ -109,8 +109,8 @@ class Filler:
             codes = view.geometry.kv_dtype == "fp8_e4m3" and view.arena.device.type == "cpu"
             append = ops.append_codes_run if codes else ops.append_run
             for layer in range(view.geometry.layers):
-                for start, a, b in content.pieces(sequence, layer, first, hi):
-                    append(view, layer, content.k_bank[a:b], content.v_bank[a:b], 0, start)
+                for piece in content.pieces(sequence, layer, first, hi):
+                    append(view, layer, *content.stored(piece), 0, piece.start)
 
 
 def plant_needles(

@@ -95,11 +95,13 @@ def measure(
         note("collectives", _raw(collectives))
         row |= step_columns(step, collectives, sizes_of(settings))
     ledger.note("decode", "timed")
-    chunk = min(settings.trial.prefill_chunk_tokens, tokens)
+    # Behind a window the pages are gone, and with them what earlier queries would see.
+    first = max(view.starts[0] for view in strategy.batch([sequences[-1]]))
+    chunk = min(settings.trial.prefill_chunk_tokens, tokens - first)
     prefill = watch.prefill(sequences[-1], tokens - chunk, chunk)
     note("prefill", _raw(prefill) | {"history_tokens": tokens - chunk, "chunk_tokens": chunk})
     row |= _prefill_columns(strategy, sequences[-1], tokens, chunk, prefill)
-    if cell.histories and tokens > 4 * chunk:
+    if cell.histories and first == 0 and tokens > 4 * chunk:
         model = watch.prefill_model(sequences[-1], tokens, chunk, prefill.median_ms)
         note("prefill_model", {"histories": model.histories, "chunk_ms": model.chunk_ms})
         row["prefill_modelled_seconds"] = model.total_seconds

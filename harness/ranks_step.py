@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from kernels.view import View
 
 BUDGET_MS, MIN_SAMPLES = 3000.0, 3
+QUERY_SEEDS = 1 << 40
 MAX_REDUCED_ERROR = 1e-2  # a sum of bf16 values, rounded to bf16 at each rank
 
 
@@ -179,17 +180,21 @@ def _decoded(
     from kernels import ops
 
     sms = gate.settings.hardware.sm_count
-    plan = ops.plan_decode(view, sms, gate.steps.scratch("decode"))
+    plan = ops.plan_decode(view, sms, gate.steps.decode_scratch())
     out, lse = ops.decode(view, layer, q, plan)
     return out.contiguous(), lse.contiguous()
 
 
 def _shared_queries(gate: Gate, view: View, layer: int, tensor_index: int) -> torch.Tensor:
-    """Queries that all context ranks of the same heads ask."""
+    """Queries that all context ranks of the same heads ask.
+
+    Their seeds are none of the content's: a query that equals a key has so large a score that what
+    the tensor cores drop of it (they sum FP8 products to 14 bits) shows in the LSE.
+    """
     import torch
 
     g = view.geometry
-    seed = (gate.settings.seed * 1009 + layer) * 1009 + tensor_index
+    seed = QUERY_SEEDS + (gate.settings.seed * 1009 + layer) * 1009 + tensor_index
     q = torch.randn((1, g.q_heads, g.head_dim), generator=torch.Generator().manual_seed(seed))
     return q.to(query_dtype(g.kv_dtype)).to(view.arena.device)
 

@@ -91,7 +91,7 @@ class Stopwatch:
             queries = self.buffers.random_queries(view, view.sequences, self.settings.seed)
             q, out, lse = self.buffers.decode(view, queries)
             sms = self.settings.hardware.sm_count
-            plan = ops.plan_decode(view, sms, self.buffers.scratch("decode"))
+            plan = ops.plan_decode(view, sms, self.buffers.decode_scratch())
             work.append((view, q, plan, out, lse))
         return work
 
@@ -166,11 +166,11 @@ class Stopwatch:
         from kernels import ops
 
         work = []
-        for view in self.strategy.batch([sequence]):
+        for group, view in enumerate(self.strategy.batch([sequence])):
             queries = self.buffers.random_queries(view, chunk, self.settings.seed)
             q, out, lse = self.buffers.prefill(view, queries)
             sms = self.settings.hardware.sm_count
-            scratch = self.buffers.scratch("prefill")
+            scratch = self.buffers.prefill_scratch(group)
             plan = ops.plan_prefill(view, 0, history, chunk, sms, scratch)
             work.append((view, q, plan, out, lse))
 

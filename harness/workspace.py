@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 BANK_TOKENS = 16384  # tokens of synthetic K/V that a fill is made of
+BANK_SPARE_COLUMNS = 64  # by which a token's values are shifted, block by block
 MODELLED_PREFILL_CHUNK_TOKENS = 2048  # of the device that the scale model models
 GATE_QUERY_ROWS = 32
 FLOAT64 = 8
@@ -44,12 +45,12 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
     g, sequences, sms = groups[0], settings.sequences, settings.hardware.sm_count
     rows = tokens * g.q_heads
     return [
-        ("synthetic_kv", 2 * BANK_TOKENS * g.kv_heads * g.head_dim * 2),
+        ("synthetic_kv", 2 * BANK_TOKENS * (g.kv_heads * g.head_dim + BANK_SPARE_COLUMNS) * 2),
         ("prefill_queries", rows * g.head_dim * g.itemsize),
         ("prefill_outputs", rows * (g.head_dim * 2 + 4)),
         ("decode_outputs", sequences * g.q_heads * (g.head_dim * (4 + g.itemsize) + 4)),
         ("decode_partials", max(decode_scratch_bytes(x, sequences, sms) for x in groups)),
-        ("prefill_partials", max(prefill_scratch_bytes(x, tokens, sms) for x in groups)),
+        ("prefill_partials", sum(prefill_scratch_bytes(x, tokens, sms) for x in groups)),
         ("gate", gate_bytes(g)),
         *collective_workspace(settings),
     ]
@@ -58,7 +59,8 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
 def gate_bytes(geometry: Geometry) -> int:
     """Float64 K and V of one bank of one head, and the scores of the gate's query rows, thrice."""
     rows = GATE_QUERY_ROWS * geometry.group
-    return BANK_TOKENS * FLOAT64 * (4 * geometry.head_dim + 3 * rows)
+    columns = 2 * (2 * geometry.head_dim + BANK_SPARE_COLUMNS)
+    return BANK_TOKENS * FLOAT64 * (columns + 3 * rows)
 
 
 def workspace_reserve_bytes(settings: Settings) -> int:
