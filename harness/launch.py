@@ -18,7 +18,7 @@ from harness.folder import FolderError, Outcome
 from harness.oom_killer import oom_kills
 from harness.rows import Row, identity
 from harness.sizes import printable
-from harness.spare import Spare
+from harness.spares import Spares
 
 # A killed process gives 140 GiB of a GPU back before it is gone.
 KILL_GRACE_SECONDS = 60.0
@@ -44,7 +44,7 @@ def run_job(
     job: Job,
     scratch: Path,
     on_record: Callable[[Row], None] | None = None,
-    spare: Spare | None = None,
+    spares: Spares | None = None,
 ) -> Outcome:
     """Run one trial in a fresh process and wait for its end, its timeout, or an interrupt.
 
@@ -54,8 +54,8 @@ def run_job(
         Folder for the spec, the records and the log; emptied by the caller when the rows are safe.
     on_record : callable, optional
         Told of each record as it arrives, for progress.
-    spare : Spare, optional
-        A process that is ready may take the trial, and the next one is made ready beside it.
+    spares : Spares, optional
+        A process that is ready takes the trial, and others are made ready beside it.
 
     Raises
     ------
@@ -73,9 +73,9 @@ def run_job(
         return run_everywhere(job, scratch, on_record)
     spec, records, log = prepared(job, scratch)
     began = time.monotonic()
-    process = (spare.take(spec) if spare else None) or _started(spec, log)
-    if spare:
-        spare.prepare(child_environment())
+    process = (spares.take(spec) if spares else None) or _started(spec, log)
+    if spares:
+        spares.prepare(child_environment())
     timed_out = _wait(process, job, records, on_record, began)
     return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
 

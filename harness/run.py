@@ -15,7 +15,7 @@ from harness.ranks import Place
 from harness.ranks_summary import per_trial
 from harness.rows import Row
 from harness.settings import Settings
-from harness.spare import Spare, spare_for
+from harness.spares import Spares, spares_for
 from harness.summary import admitted, started
 
 TOP_EXTRA_FILL = 0.1
@@ -64,16 +64,16 @@ class Run:
     settings: list[Settings]
     progress: Progress
     on_row: Callable[[Row], None] = field(default=lambda row: None)
-    spare: Spare | None = None
+    spares: Spares | None = None
 
     def execute(self) -> None:
         """Points of the sweep first, then the OOM brackets."""
-        self.spare = spare_for(self.settings)
+        self.spares = spares_for(self.settings)
         try:
             self._execute()
         finally:
-            if self.spare:
-                self.spare.close()
+            if self.spares:
+                self.spares.close()
 
     def _execute(self) -> None:
         jobs = interleaved(self.settings)
@@ -96,7 +96,7 @@ class Run:
         missing = [c for c in cells if c.trial_id not in have]
         if missing:
             job = Job(missing, {"experiment": cells[0].settings.experiment})
-            outcome = run_job(job, self.folder.scratch, self.progress.record, self.spare)
+            outcome = run_job(job, self.folder.scratch, self.progress.record, self.spares)
             by_id = {c.trial_id: c for c in missing}
             outcome.rows = [
                 forecast.with_prediction(r, _of_rank(by_id[str(r["trial_id"])], int(r["rank"])))
