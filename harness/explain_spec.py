@@ -14,7 +14,6 @@ from harness.planner_spec import CUDA_GRANULARITY_BYTES, PlanSpec
 from harness.sizes import GIB
 from strategies import sglang_tables, vllm_tables
 from strategies.engine_model import EngineModel
-from strategies.sglang_tables import libraries
 
 # What CUDA, libraries and torch take before the weights, read off starts on an H200 with one
 # rank: SGLang 0.5.12.post1 had 138.12 of 139.80 GiB left, vLLM's own share is its profile's.
@@ -70,7 +69,7 @@ def question(launch: Launch, config: HFConfig, gpu: Gpu, facts: LogFacts | None 
         if facts.free_before_bytes:
             context_bytes = gpu.total_bytes - facts.free_before_bytes
     if engine == "sglang":  # whose plan counts its libraries itself
-        context_bytes -= sum(item.nbytes for item in libraries(version))
+        context_bytes -= sum(item.nbytes for item in sglang_tables.libraries(version))
     spec = PlanSpec(
         strategy=engine,
         options=options,
