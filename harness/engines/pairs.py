@@ -72,8 +72,11 @@ def pairs_of(
 
 def _cells(arm: Settings, rows: Sequence[Row]) -> list[Cell]:
     """Every start that an arm may have made, at the contexts that there are."""
-    contexts = dict.fromkeys(int(r["context_tokens"]) for r in rows)
-    purpose = "bracket" if arm.brackets else "point"
+    contexts: Iterable[int] = arm.contexts
+    purpose = "point"
+    if arm.brackets:
+        contexts = dict.fromkeys(int(r["context_tokens"]) for r in rows)
+        purpose = "bracket"
     return [
         Cell(arm, context, 0.0, purpose=purpose, timing=False, repeat=repeat, real=True)
         for context in contexts

@@ -134,9 +134,10 @@ def _helping(pairs: list[dict[str, Any]]) -> list[str]:
             continue
         without = [p for p in pairs if flags(p) == "defaults" and _same(p, pair)]
         if without and all(lookup(p, "status", "real") != "ok" for p in without):
+            context = _tokens(lookup(pair, "context_tokens"))
             out.append(
                 f"With `{flags(pair)}` {markdown_text(engine_name(pair))} starts "
-                f"{markdown_text(text(pair, 'model'))} at {_tokens(lookup(pair, 'context_tokens'))}: "
+                f"{markdown_text(text(pair, 'model'))} at {context}: "
                 f"room for {_count(item(pair, 'pool tokens'))} tokens, "
                 f"{_gib(item(pair, 'whole at ready'))} GiB held."
             )
