@@ -30,6 +30,7 @@ class Cell:
     timing: bool = True
     histories: bool = False  # also time prefill at several histories
     repeat: int = 0
+    real: bool = False  # the engine itself is started, not its emulation
     context_index: int = 0  # which share of each sequence this rank has; no part of the identity
 
     @property
@@ -66,8 +67,11 @@ class Cell:
         described = ("kind", "device_name", "total_bytes", "context_bytes", "sm_count")
         out["hardware"] = {k: data["hardware"][k] for k in described}
         out["hardware"]["asked_bytes"] = self.settings.hardware.asked_bytes
+        if self.settings.engine:  # the model is then one rank's stand-in
+            out["stand_in"] = True
         if with_strategy:
             out |= {"strategy": data["strategy"], "options": data["options"]}
+            out |= {"real": True} if self.real else {}
         return out | {
             "context_tokens": self.context_tokens,
             "fill": self.fill,
@@ -96,6 +100,7 @@ class Cell:
             "timing",
             "histories",
             "repeat",
+            "real",
             "context_index",
         )
         return {"settings": to_json(self.settings), **{k: getattr(self, k) for k in own}}

@@ -1,9 +1,12 @@
 """Rules about the engines' code, over rows of ``strategy=sglang`` and ``strategy=vllm``.
 
-Rows of really started engines (``engine_version`` filled) count before emulated ones.
+Where the rows of really started engines (``engine_version`` filled) are enough to decide a claim,
+they alone do; else the emulations' do.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 from harness.evidence import (
     CONDITIONAL,
@@ -37,9 +40,16 @@ def _default_flags(row: Row) -> bool:
     return not any(option(row, k) for k in keys)
 
 
-def _real_first(rows: list[Row]) -> list[Row]:
-    real = [r for r in rows if r.get("engine_version")]
-    return real or rows
+def _kinds(rows: Iterable[Row]) -> tuple[list[Row], list[Row], list[Row]]:
+    """Rows of the engines themselves, of their emulations, and all: the best evidence first."""
+    own = list(rows)
+    real = [r for r in own if r.get("engine_version")]
+    return real, [r for r in own if not r.get("engine_version")], own
+
+
+def _fitted(row: Row) -> bool:
+    """Whether vLLM was free to serve a shorter context than was asked for."""
+    return bool(option(row, "max_model_len") == "auto")
 
 
 def _pool_bytes(row: Row) -> int:
@@ -49,14 +59,21 @@ def _pool_bytes(row: Row) -> int:
     return int(row["oom_requested_bytes"]) if row["oom_phase"] == "pool" else 0
 
 
+def _short_and_long(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """A start at a short context and one at 10M of each model, where both say how large a pool."""
+    pairs = []
+    for model in sorted({str(r["model"]) for r in rows}):
+        own = [r for r in rows if r["model"] == model and _pool_bytes(r)]
+        short = [r for r in own if r["context_tokens"] == SHORT_CONTEXT]
+        long = [r for r in own if r["context_tokens"] == MILLIONS_10]
+        pairs += [(s, t) for s in short[:1] for t in long[:1]]
+    return pairs
+
+
 def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     """C9: SGLang's pool and its table at a short context and at 10M."""
-    pairs = []
-    for model in {r["model"] for r in evidence.of("sglang")}:
-        short = evidence.of("sglang", _default_flags, model=model, context_tokens=SHORT_CONTEXT)
-        long = evidence.of("sglang", _default_flags, model=model, context_tokens=MILLIONS_10)
-        pairs += [(s, t) for s in _real_first(short)[:1] for t in _real_first(long)[:1]]
-    pairs = [(s, t) for s, t in pairs if _pool_bytes(s) and _pool_bytes(t)]
+    kinds = map(_short_and_long, _kinds(evidence.of("sglang", _default_flags)))
+    pairs = next((found for found in kinds if found), [])
     if not pairs:
         return undecided(RUN)
     rows = tuple(r for pair in pairs for r in pair)
@@ -84,7 +101,8 @@ def sglang_pool_by_context(evidence: Evidence) -> Verdict:
 
 def vllm_preallocates(evidence: Evidence) -> Verdict:
     """C10: what vLLM holds at ready, whatever the context."""
-    rows = [r for r in _real_first(evidence.of("vllm", starts)) if not r["resident_tokens"]]
+    empty = [r for r in evidence.of("vllm", starts) if not r["resident_tokens"]]
+    rows = next((kind for kind in _kinds(empty) if kind), [])
     if not rows:
         return undecided(RUN)
     least = min(rows, key=lambda r: gib_of(r, "kv_committed_bytes"))
@@ -105,9 +123,9 @@ def vllm_preallocates(evidence: Evidence) -> Verdict:
 
 def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
     """C11: vLLM at 10M, by the K/V cost of a token and the hybrid manager."""
-    rows = _real_first(evidence.of("vllm", context_tokens=MILLIONS_10))
-    costs = {(r["model"], token_kib(r)) for r in rows}
-    if len(costs) < 2:
+    asked = evidence.of("vllm", lambda r: not _fitted(r), context_tokens=MILLIONS_10)
+    rows = next((kind for kind in _kinds(asked) if len(_costs(kind)) > 1), [])
+    if not rows:
         return undecided(f"{RUN} (vLLM at 24 and at 12 KiB a token)")
     good = [r for r in rows if starts(r)]
     bad = [r for r in rows if not starts(r)]
@@ -129,6 +147,11 @@ def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
     )
 
 
+def _costs(rows: list[Row]) -> set[tuple[str, float]]:
+    """Models, and what a token costs them."""
+    return {(str(r["model"]), token_kib(r)) for r in rows}
+
+
 def _named(row: Row) -> str:
     flags = ("gpu_memory_utilization", "max_num_seqs", "hybrid_kv_cache_manager")
     given = [f"{k}={option(row, k)}" for k in flags if option(row, k) is not None]
@@ -137,21 +160,8 @@ def _named(row: Row) -> str:
 
 def graphs_off(evidence: Evidence) -> Verdict:
     """C13: peak of a start with CUDA graphs, less that of the same start without."""
-    saved: dict[str, float] = {}
-    used: list[Row] = []
-    rows = [r for r in evidence.of("sglang") if starts(r)]
-    for on in [r for r in rows if not option(r, "disable_cuda_graph")]:
-        for off in [r for r in rows if option(r, "disable_cuda_graph")]:
-            same = ("model", "context_tokens", "capacity_bytes", "emulated_version")
-            flags = ("max_running_requests", "mem_fraction_static")
-            if all(on[k] == off[k] for k in same) and all(
-                option(on, k) == option(off, k) for k in flags
-            ):
-                what = f"{on['model']}, {on['context_tokens']:,} tokens"
-                requests = option(on, "max_running_requests")
-                what += f", max_running_requests {requests or 'default'}"
-                saved[what] = gib_of(on, "peak_device_bytes") - gib_of(off, "peak_device_bytes")
-                used += [on, off]
+    kinds = map(_saved, _kinds(r for r in evidence.of("sglang") if starts(r)))
+    saved, used = next((found for found in kinds if found[0]), ({}, []))
     if not saved:
         return undecided(f"{RUN} (SGLang with and without CUDA graphs)")
     low, high = min(saved.values()), max(saved.values())
@@ -164,6 +174,25 @@ def graphs_off(evidence: Evidence) -> Verdict:
         else f"{low:.2f} to {high:.2f} GiB; turning graphs off makes one more context start"
     )
     return Verdict(verdict, text, tuple(used), round(high, 2))
+
+
+def _saved(rows: list[Row]) -> tuple[dict[str, float], list[Row]]:
+    """GiB that turning graphs off saves, by what was started; and the rows that say so."""
+    saved: dict[str, float] = {}
+    used: list[Row] = []
+    for on in [r for r in rows if not option(r, "disable_cuda_graph")]:
+        for off in [r for r in rows if option(r, "disable_cuda_graph")]:
+            same = ("model context_tokens capacity_bytes emulated_version engine_version").split()
+            flags = ("max_running_requests", "mem_fraction_static")
+            if all(on[k] == off[k] for k in same) and all(
+                option(on, k) == option(off, k) for k in flags
+            ):
+                what = f"{on['model']}, {on['context_tokens']:,} tokens"
+                requests = option(on, "max_running_requests")
+                what += f", max_running_requests {requests or 'default'}"
+                saved[what] = gib_of(on, "peak_device_bytes") - gib_of(off, "peak_device_bytes")
+                used += [on, off]
+    return saved, used
 
 
 def _off_starts_more(evidence: Evidence) -> bool:
@@ -180,12 +209,23 @@ def _off_starts_more(evidence: Evidence) -> bool:
     )
 
 
+def _few_and_default(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Starts with 16 running requests, and with default flags."""
+    other = ("disable_cuda_graph", "mem_fraction_static", "cuda_graph_max_bs")
+    few = [
+        r
+        for r in rows
+        if option(r, "max_running_requests") == 16 and not any(option(r, k) for k in other)
+    ]
+    return few, [r for r in rows if _default_flags(r)]
+
+
 def few_requests_start(evidence: Evidence) -> Verdict:
     """C18: SGLang at 10M with 16 running requests, beside default flags."""
-    few = _real_first(evidence.of("sglang", context_tokens=MILLIONS_10, max_running_requests=16))
-    few = [r for r in few if not option(r, "disable_cuda_graph")]
-    default = _real_first(evidence.of("sglang", _default_flags, context_tokens=MILLIONS_10))
-    if not few or not default:
+    long = evidence.of("sglang", context_tokens=MILLIONS_10)
+    kinds = map(_few_and_default, _kinds(long))
+    few, default = next((found for found in kinds if all(found)), ([], []))
+    if not few:
         return undecided(RUN)
     if not all(map(starts, few)) or all(map(starts, default)):
         return Verdict(REFUTED, "the flag does not decide it", tuple(few + default))

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return hydra_flags.show(words)
         from harness.arms import settings_of_command
         from harness.cluster import launch, split_words
+        from harness.engines.choose import chosen
         from harness.ranks_relay import joined_world, run_as
 
         overrides, launcher = split_words(overrides)
@@ -43,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not multirun:
                 raise BadValue("hydra/launcher", " ".join(launcher), "only together with -m")
             return launch(overrides, launcher, words)
-        settings = settings_of_command(overrides, multirun)
+        settings, skipped = chosen(settings_of_command(overrides, multirun))
+        for line in skipped:
+            print(line, flush=True)
         with joined_world() as world:
             return run_as(world, settings, lambda: _run(settings, words))
     except (BadValue, FolderError, Busy) as error:

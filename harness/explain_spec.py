@@ -67,7 +67,9 @@ def question(launch: Launch, config: HFConfig, gpu: Gpu, facts: LogFacts | None 
     if facts is not None:
         model = _with_measured_weights(model, engine, context, facts)
         if facts.free_before_bytes:
-            context_bytes = max(0, gpu.total_bytes - facts.free_before_bytes)
+            context_bytes = gpu.total_bytes - facts.free_before_bytes
+    if engine == "sglang":  # whose plan counts its libraries itself
+        context_bytes -= sum(item.nbytes for item in sglang_tables.libraries(version))
     spec = PlanSpec(
         strategy=engine,
         options=options,
@@ -75,7 +77,7 @@ def question(launch: Launch, config: HFConfig, gpu: Gpu, facts: LogFacts | None 
         context_tokens=context,
         fill=0.0,
         capacity_bytes=gpu.total_bytes,
-        context_bytes=context_bytes,
+        context_bytes=max(0, context_bytes),
         weights_bytes=model.weights_bytes,
         device_total_bytes=gpu.total_bytes,
         hopper=gpu.hopper,

@@ -62,6 +62,10 @@ def run_job(
     FolderError
         When the scratch folder cannot be written.
     """
+    if job.cells[0].real:
+        from harness.engines.launch import run_engine
+
+        return run_engine(job, scratch, on_record)
     parallel = job.cells[0].settings.parallel
     if parallel.planned:
         from harness.ranks_planned import planned_outcome

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.engines.stand_in import stand_in
 from harness.planner_engines import ENGINES
 from harness.settings import Settings
 from harness.workspace import workspace_reserve_bytes
@@ -28,7 +29,12 @@ def strategy_options(settings: Settings) -> dict[str, Any]:
 
 
 def engine_model(settings: Settings) -> EngineModel:
-    """The modelled rank as the engines' formulas take it; never scaled."""
+    """The modelled rank as the engines' formulas take it; never scaled.
+
+    Beside an engine that is started it is the stand-in that the engine loads.
+    """
+    if settings.engine:
+        return stand_in(settings).engine_model(settings.model.kv_dtype, settings.model.name)
     model, tp = settings.model, settings.parallel.tp
     return EngineModel(
         layers=model.layers,

@@ -119,6 +119,6 @@ def _next_command(folder: RunFolder, settings: list[Settings]) -> str:
         return f"python -m harness -m {shlex.join(words)}"
     if first.experiment == "claims":
         return f"python -m harness.report {shlex.quote(str(folder.path))}"
-    if first.experiment == "root_cause":
+    if first.experiment in ("root_cause", "real_engines"):
         return "python -m harness experiment=claims"
     return f"python -m harness experiment=root_cause context={context}"

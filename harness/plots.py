@@ -19,6 +19,7 @@ from harness.plots_costs import (
 from harness.plots_engines import figure_mem_fraction, figure_root_cause
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases
+from harness.plots_real import drawable, figure_real_engines
 from harness.plots_scaling import figure_capacity_over_ranks
 from harness.plots_sharing import figure_fragmentation, figure_waste
 from harness.plots_throughput import figure_throughput
@@ -30,6 +31,7 @@ RATES = ("attention_decode_tokens_per_second", "attention_prefill_tokens_per_sec
 # Experiments whose rows only their own figure shows.
 OWN_FIGURES = (
     "root_cause",
+    "real_engines",
     "mem_fraction",
     "waste",
     "fragmentation",
@@ -42,6 +44,7 @@ TITLES = {
     "memory_against_context": "Memory against configured context",
     "memory_over_phases": "Memory over a trial's phases",
     "throughput": "Attention throughput against resident tokens",
+    "real_engines": "The engines themselves beside their emulations",
     "root_cause": "What the engines ask for at start-up",
     "mem_fraction": "A lower memory fraction",
     "waste": "Where KV memory goes, and sequences admitted",
@@ -111,17 +114,23 @@ def _plan(
     def have(part: pd.DataFrame, *columns: str) -> bool:
         return not part.empty and bool(part[list(columns)].notna().any(axis=None))
 
-    engine = rows["strategy"].isin(ENGINES)
+    beside = of("real_engines")
+    real = drawable(beside) if not beside.empty else beside
+    engine = rows["strategy"].isin(ENGINES) & ~rows["experiment"].eq("real_engines")
     own_question = rows["experiment"].isin(OWN_FIGURES)
     whole = rows["mem_fraction"].isna() | rows["mem_fraction"].eq(1)
     # Start-up at few contexts and many fractions or flags is no curve of memory against context.
-    curves = rows[~own_question & ((~engine & whole) | ~rows["experiment"].eq("claims"))]
+    curves = rows[
+        ~own_question
+        & ((~rows["strategy"].isin(ENGINES) & whole) | ~rows["experiment"].eq("claims"))
+    ]
     fractions = rows[rows["strategy"].eq("static") & rows["mem_fraction"].notna()]
     asked = fractions.groupby(["model", "context_tokens"])["mem_fraction"].transform("nunique")
     fractions = fractions[asked > 1]
     waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
     scaled = of("scaling")
     return [
+        ("real_engines", not real.empty, lambda: figure_real_engines(beside, events)),
         ("root_cause", bool(engine.any()), lambda: figure_root_cause(rows[engine], events)),
         ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),
         ("memory_over_phases", not curves.empty, lambda: figure_phases(curves, events)),

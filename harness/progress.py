@@ -60,8 +60,9 @@ class Progress:
 def row_line(row: Row) -> str:
     """``paged  10M x 100 %  oom in fill: asked …``."""
     size = mib if int(row.get("scale") or 1) > 1 else gib
+    name = f"{row['strategy']} itself" if row.get("engine_version") else row["strategy"]
     text = (
-        f"{row['strategy']:<12} {tokens_text(int(row['context_tokens'])):>10} "
+        f"{name:<12} {tokens_text(int(row['context_tokens'])):>10} "
         f"x {float(row['fill']):>4.0%}  {row['purpose']:<8} {row['status']:<8}"
     )
     if row["status"] in ("oom", "refused") and row.get("oom_requested_bytes") is not None:

@@ -33,12 +33,14 @@ def now_utc() -> str:
 def config_hash(settings: list[Settings]) -> str:
     """Hash of every resolved configuration of a run.
 
-    The results folder is no part of it, nor what a GPU happens to have free: a run that was killed
-    is found again when another process holds a few bytes more.
+    The results folder is no part of it, nor where an engine is installed, nor what a GPU happens
+    to have free: a run that was killed is found again when another process holds a few bytes more.
     """
     content = []
     for one in settings:
-        data = {k: v for k, v in to_json(one).items() if k not in ("results", "overrides")}
+        data = {
+            k: v for k, v in to_json(one).items() if k not in ("results", "overrides", "engine")
+        }
         data["hardware"].pop("free_bytes")
         data["hardware"]["capacity_bytes"] = one.hardware.asked_bytes
         content.append(data)

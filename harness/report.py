@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from harness import tables
+from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
 from harness.runs import Run, RunError, clean, dicts, frame, load_run, lookup, write_file
 from harness.series import is_scale_model
@@ -65,6 +66,7 @@ def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     found = [
         tables.oom_points(summary),
         tables.verdicts(summary),
+        *engine_tables(summary),
         tables.planner(rows),
         tables.sweep(rows, each=True),
     ]

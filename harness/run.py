@@ -23,6 +23,8 @@ TOP_EXTRA_FILL = 0.1
 
 def point_cells(settings: Settings) -> list[list[Cell]]:
     """The sweep's cells, a list for each process, smallest context first."""
+    if settings.engine:
+        return engine_cells(settings)
     jobs = []
     histories_at = forecast.largest_ok_context(settings)
     for repeat in range(settings.repeats):
@@ -42,6 +44,18 @@ def point_cells(settings: Settings) -> list[list[Cell]]:
             ]
             jobs += [cells] if settings.one_process else [[c] for c in cells]
     return jobs
+
+
+def engine_cells(settings: Settings) -> list[list[Cell]]:
+    """Starts of an engine, then the same by its emulation; none where a bracket is asked for."""
+    if settings.brackets:
+        return []
+    return [
+        [Cell(settings, context, 0.0, timing=False, repeat=repeat, real=real)]
+        for real in (True, False)
+        for repeat in range(settings.repeats)
+        for context in settings.contexts
+    ]
 
 
 def interleaved(all_settings: list[Settings]) -> list[list[Cell]]:
@@ -88,7 +102,10 @@ class Run:
         for cell in capacities:
             self.rows_of([cell])
         for settings in bracketed:
-            self._brackets(settings)
+            if settings.engine:
+                self._engine_bracket(settings)
+            else:
+                self._brackets(settings)
 
     def rows_of(self, cells: list[Cell]) -> list[Row]:
         """Rows of one trial's cells, of all its ranks: from the folder, or measured now."""
@@ -117,6 +134,22 @@ class Run:
         for repeat in range(settings.bracket_repeats):
             self.rows_of([_resident_cell(settings, starts.ok, repeat)])
 
+    def _engine_bracket(self, settings: Settings) -> Bracket:
+        """Start-up of the engine itself: 1 % below and above the planner's, wider if it is wrong.
+
+        Ends at a width of 2 %; the emulation is run at both ends.
+        """
+
+        def test(tokens: int) -> str:
+            return started(self.rows_of([_engine_bracket_cell(settings, tokens)])[0])
+
+        low, high = engine_bracket_ends(settings)
+        closed = close_bracket(test, low, max(1, high - low), 1, settings.context_tokens)
+        for end in (closed.ok, closed.not_ok):
+            if end is not None:
+                self.rows_of([_engine_bracket_cell(settings, end, real=False)])
+        return closed
+
     def _bracket(self, settings: Settings, guess: int, verdict: Callable[[Row], str]) -> Bracket:
         """Close one bracket; rows of other brackets and of an earlier attempt are used again."""
 
@@ -142,6 +175,16 @@ def _bracket_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
     return Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
 
 
+def engine_bracket_ends(settings: Settings) -> tuple[int, int]:
+    """Contexts around the planner's start-up point at which an engine is started."""
+    guess = forecast.startup_guess(settings)
+    return max(1, guess * 99 // 100), min(settings.context_tokens, guess * 101 // 100 + 1)
+
+
+def _engine_bracket_cell(settings: Settings, tokens: int, real: bool = True) -> Cell:
+    return Cell(settings, tokens, 0.0, purpose="bracket", timing=False, real=real)
+
+
 def _resident_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
     return Cell(settings, tokens, purpose="resident", timing=False, repeat=repeat)
 
@@ -160,6 +203,12 @@ def _chunk_tokens(settings: Settings) -> int:
 
 def _expected_bracket_cells(settings: Settings) -> list[Cell]:
     """Cells that the brackets take when the planner is right."""
+    if settings.engine:
+        return [
+            _engine_bracket_cell(settings, end, real)
+            for end in engine_bracket_ends(settings)
+            for real in (True, False)
+        ]
     startup = forecast.startup_guess(settings)
     ends: set[int] = set()
     for guess in {startup, forecast.admit_guess(settings)}:

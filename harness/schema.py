@@ -160,6 +160,22 @@ class ExperimentConf:
     question: str = ""
     arms: Any = None
     matrix: Any = None
+    start_engines: bool = False  # start the engines themselves, beside their emulations
+
+
+@dataclass
+class EngineConf:
+    """An engine that is started for real."""
+
+    python: Any = None  # that has the engine installed; null: the engine is not started
+
+
+@dataclass
+class EnginesConf:
+    """The engines that experiment=real_engines starts."""
+
+    sglang: EngineConf = field(default_factory=EngineConf)
+    vllm: EngineConf = field(default_factory=EngineConf)
 
 
 @dataclass
@@ -213,6 +229,7 @@ class RootConf:
     experiment: ExperimentConf = field(default_factory=ExperimentConf)
     sweep: SweepConf = field(default_factory=SweepConf)
     trial: TrialConf = field(default_factory=TrialConf)
+    engine: EnginesConf = field(default_factory=EnginesConf)
     fault: FaultConf = field(default_factory=FaultConf)
     # `from` is a word of Python's, so that no class can hold it.
     claims: dict[str, Any] = field(default_factory=lambda: {"from": None})

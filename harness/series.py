@@ -42,6 +42,8 @@ VARIATIONS = (
     "parallel",
     "context_ranks",
 )
+# Of our arena, layout and kernels: no engine has them, and its emulation does not use them.
+NOT_OF_ENGINES = ("chunk_bytes", "arena", "layout", "table_order")
 NAMED_BY_VALUE = (
     "strategy",
     "model",
@@ -57,6 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
+ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
 
 
@@ -132,6 +135,8 @@ def _configuration(
     own: pd.DataFrame, extra: tuple[str, ...], leave: tuple[str, ...]
 ) -> pd.DataFrame:
     """Return what may split a strategy's rows: columns, and its options that no column holds."""
+    if own["strategy"].isin(ENGINES).all():
+        leave = (*leave, *NOT_OF_ENGINES)
     columns = [c for c in dict.fromkeys((*VARIATIONS, *extra)) if c not in leave]
     options = pd.DataFrame([options_of(v) for v in own["strategy_options"]], index=own.index)
     other = [c for c in options if c not in OPTIONS_IN_COLUMNS and c not in (*COLUMNS, *leave)]
@@ -159,6 +164,8 @@ def named(column: str, value: object) -> str:
         return f"context {tokens(float(str(value)))}"
     if column == "fill":
         return f"filled to {100 * float(str(value)):g} %"
+    if column in ("engine_version", "emulated_version"):
+        return f"{value} {'itself' if column == 'engine_version' else 'emulated'}"
     if value == "True":
         return column
     if column in NAMED_BY_VALUE:

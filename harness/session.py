@@ -106,6 +106,17 @@ def _measure(folder: RunFolder, settings: list[Settings]) -> None:
         progress.close()
 
 
+def _beside_engines(folder: RunFolder, settings: list[Settings]) -> dict[str, Any]:
+    """What engines that were started held, beside their emulations and the planner."""
+    from harness.engines.pairs import brackets_of, pairs_of
+
+    found = read_runs([str(folder.path)])
+    return {
+        "pairs": pairs_of(found.rows, found.timeline, found.samples, settings),
+        "engine_brackets": brackets_of(found.rows, settings),
+    }
+
+
 def finish(folder: RunFolder, settings: list[Settings]) -> bool:
     """Sum up, draw and tell; whether no trial ended by a fault of the harness."""
     from harness.claims import decide
@@ -113,6 +124,8 @@ def finish(folder: RunFolder, settings: list[Settings]) -> bool:
 
     summary: dict[str, Any] = summarise(folder.rows, [])
     summary["claims"] = decide(per_trial(folder.rows))
+    if any(s.engine for s in settings):
+        summary |= _beside_engines(folder, settings)
     folder.write_json("summary.json", summary)
     manifest = folder.manifest()
     manifest["gpus_after"] = provenance.gpus()

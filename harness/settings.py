@@ -6,7 +6,7 @@ trial's process as JSON, and its content is what a trial's identity is made of.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from harness.hardware import Hardware
@@ -60,6 +60,8 @@ class Settings:
     results: str
     overrides: tuple[str, ...] = ()
     arm: str = ""
+    # Of an engine that is to be started: {"python": path, or None where it is not installed}.
+    engine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def on_host(self) -> bool:

@@ -13,9 +13,9 @@ SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
-    "strategy arm model strategy_options emulated_ranks context_ranks sequences kv_dtype "
-    "page_tokens chunk_bytes arena table_order capacity_bytes world_size parallel workload hybrid "
-    "read_weights fault"
+    "strategy arm engine_version model strategy_options emulated_ranks context_ranks sequences "
+    "kv_dtype page_tokens chunk_bytes arena table_order capacity_bytes world_size parallel "
+    "workload hybrid read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
@@ -52,7 +52,8 @@ def arms(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
     strategy = key[0]
-    model = ARM_KEYS.index("model")
+    model, itself = ARM_KEYS.index("model"), ARM_KEYS.index("engine_version")
+    every = [k for k in every if k[itself] == key[itself]]
     rivals = [k for k in every if k[0] == strategy and k[model] == key[model]]
     parts, same = [str(strategy)], rivals
     for i, name in enumerate(ARM_KEYS[1:], start=1):
@@ -61,6 +62,9 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
                 every = rivals = [k for k in every if k[0] == strategy and k[i] == key[i]]
                 parts.append(str(key[i]))
             same = rivals = [k for k in rivals if k[i] == key[i]]
+            continue
+        if name == "engine_version":  # an engine that was started is no rival of an emulation
+            parts.append(f"itself {key[i]}" if key[i] else "")
             continue
         # A model is named as soon as the run has two, so that every arm of it reads alike.
         field = every if name == "model" else same
@@ -129,7 +133,7 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
 
 def strategy_summary(rows: list[Row]) -> dict[str, Any]:
     """One arm's entry in ``strategies``."""
-    whole = per_trial(r for r in rows if r.get("engine_version") is None)
+    whole = per_trial(rows)
     start = bracket((int(r["context_tokens"]), started(r)) for r in whole)
     peaks = [int(r["peak_device_bytes"]) for r in whole if r.get("peak_device_bytes") is not None]
     rates: dict[int, list[float]] = {}

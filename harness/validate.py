@@ -9,11 +9,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from harness.compose import compose_config, expand
+from harness.engines.choose import check_engine, engine_of
+from harness.engines.stand_in import stand_in
 from harness.hardware import resolve
 from harness.model_spec import model_spec
 from harness.parallel import parallel_of
@@ -80,7 +83,12 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
         results=str(conf.results),
         overrides=tuple(overrides),
         arm=_name("experiment.arm", conf.experiment.arm) if conf.experiment.arm else "",
+        engine=engine_of(conf, planning) if conf.experiment.start_engines else {},
     )
+    if made.engine:
+        check_engine(made)
+        weights = stand_in(made).weights_bytes
+        made = replace(made, model=replace(model, weights_bytes=weights))
     if accounted and (parallel.processes > 1 or parallel.context_ranks > 1):
         allowed = "with one process and parallel.context_ranks=1"
         raise BadValue("workload", workload["name"], allowed)

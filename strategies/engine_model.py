@@ -131,7 +131,7 @@ class Item:
     Parameters
     ----------
     phase : str
-        ``tables`` (before the pool), ``pool`` or ``workspace`` (after it).
+        ``context``, ``tables`` (before the pool), ``pool`` or ``workspace`` (after it).
     name : str
         As the engine calls it.
     pieces : tuple[tuple[int, int], ...]

@@ -27,6 +27,7 @@ from strategies.sglang_tables import (
     backend_tables,
     decode_graph_batches,
     graph_buffers,
+    libraries,
     request_table,
 )
 
@@ -175,8 +176,10 @@ def sglang_plan(
     total_bytes : int
         Of the GPU, as CUDA shows it.
     free_before_bytes : int
-        Free once CUDA and NCCL are up, before the weights.
+        Free once CUDA and NCCL are up, before the engine's own libraries and the weights.
     """
+    own = libraries(flags.version)
+    free_before_bytes -= sum(item.nbytes for item in own)
     settings = resolve(model, flags, total_bytes, hopper)
     rope = tensor(
         "tables",
@@ -190,7 +193,7 @@ def sglang_plan(
     values = _settings(settings)
     if pools.full <= 0:
         refusal = _too_small(flags, settings, free_before_bytes, free_after)
-        return EnginePlan("sglang", flags.version, (rope,), 0, flags.page_size, 0, 0,
+        return EnginePlan("sglang", flags.version, (*own, rope), 0, flags.page_size, 0, 0,
                           refusal=refusal, settings=values)  # fmt: skip
     counted = pools.full if at_least(flags.version, "0.5.12.post1") else pools.profiled
     limit = request_limit(flags, counted, context_tokens)
@@ -201,7 +204,7 @@ def sglang_plan(
     if not flags.disable_cuda_graph:
         nvml_mib = nvml_total_mib(total_bytes)
         batches = decode_graph_batches(flags.version, nvml_mib, settings.cuda_graph_max_bs, limit)
-    items = [rope, request_table(flags.version, context_tokens, limit)]
+    items = [*own, rope, request_table(flags.version, context_tokens, limit)]
     if pools.state_slots:
         state = ((1, pools.state_slots * model.state_bytes_per_request),)
         items.append(

@@ -39,6 +39,18 @@ GRAPH_BYTES = 8 * MIB
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1
 
 
+# What a start of 0.5.12.post1 on an H200 held before its pool was sized beside the bare CUDA
+# context, weights and rotary table: libraries, and what torch's allocator rounds up. Follows from
+# its pool of 10,133,095 tokens.
+LIBRARIES_MEASURED_BYTES = {"0.5.12.post1": 1_252_822_918}
+
+
+def libraries(version: str) -> list[Item]:
+    """What an engine's process holds before its weights, beyond a bare CUDA context."""
+    nbytes = LIBRARIES_MEASURED_BYTES.get(version, 0)
+    return [Item("context", "libraries", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+
+
 def at_least(version: str, other: str) -> bool:
     """Whether one of the known versions is not older than another."""
     return VERSIONS.index(version) >= VERSIONS.index(other)

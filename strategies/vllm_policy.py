@@ -117,14 +117,16 @@ def available_kv_bytes(
     """``ceil(total x utilization) - weights - profile peak - other libraries - graph estimate``.
 
     ``v1/worker/gpu_worker.py:279@0.11.0``, ``:417@0.19.1``, ``:372-465@0.23.0``, ``:753@0.33.0``;
-    the estimate of graphs is subtracted from 0.21.0 on.
+    the estimate of graphs is subtracted from 0.21.0 on, but the V2 runner's is 0
+    (``v1/worker/gpu/model_runner.py:660@0.23.0``).
     """
     if flags.kv_cache_memory_bytes is not None:
         return flags.kv_cache_memory_bytes
     requested = math.ceil(total_bytes * settings.gpu_memory_utilization)
     peak = settings.max_num_batched_tokens * model.activation_bytes_per_token
     kept = model.weights_bytes + rope_bytes + peak + NON_TORCH_BYTES
-    if at_least(flags.version, "0.23.0") and not flags.enforce_eager:
+    estimates = at_least(flags.version, "0.23.0") and not flags.enforce_eager
+    if estimates and not (settings.v2_runner and flags.version == "0.23.0"):
         kept += graph_bytes(settings.max_num_seqs)
     return requested - kept
 
@@ -147,7 +149,7 @@ def vllm_plan(
         Free once CUDA is up, before the weights.
     """
     length = flags.max_model_len
-    tokens = length if isinstance(length, int) else context_tokens
+    asked = tokens = length if isinstance(length, int) else context_tokens
     settings = resolve(model, flags, tokens, total_bytes, hopper)
     rope = tensor(
         "tables",
@@ -173,7 +175,7 @@ def vllm_plan(
     if refusal is not None:
         return EnginePlan("vllm", flags.version, (rope,), 0, flags.block_size, 0, 0,
                           refusal=refusal, settings=values)  # fmt: skip
-    items = [rope, *block_tables(model, flags, settings, tokens, groups.count)]
+    items = [rope, *block_tables(model, flags, settings, tokens, groups.count, asked)]
     items.append(_pool(model, flags, groups, blocks))
     items += backend_tables(flags, settings, tokens, groups.count)
     values["max_model_len"] = tokens

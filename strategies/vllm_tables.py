@@ -51,9 +51,18 @@ def table_width(version: str, context_tokens: int, block_size: int) -> int:
 
 
 def block_tables(
-    model: EngineModel, flags: VLLMFlags, settings: VLLMSettings, context_tokens: int, groups: int
+    model: EngineModel,
+    flags: VLLMFlags,
+    settings: VLLMSettings,
+    context_tokens: int,
+    groups: int,
+    asked_tokens: int,
 ) -> list[Item]:
-    """Block tables on the GPU and token buffers on the host."""
+    """Block tables on the GPU and token buffers on the host.
+
+    Token buffers are made before the pool is sized: for the length that was asked for
+    (``asked_tokens``), also where ``auto`` then fits a shorter one.
+    """
     version, rows = flags.version, settings.max_num_seqs
     width = table_width(version, context_tokens, flags.block_size)
     shape = (groups, rows, width)
@@ -65,7 +74,7 @@ def block_tables(
         return [
             tensor("tables", "block_tables", shape, "int32", source),
             tensor("tables", "input_block_tables", shape, "int32", source),
-            tensor("tables", "all_token_ids", (rows, context_tokens), "int32", host, "host_pinned"),
+            tensor("tables", "all_token_ids", (rows, asked_tokens), "int32", host, "host_pinned"),
         ]
     line = {"0.11.0": "34", "0.33.0": "80"}.get(version, "70")
     source = f"v1/worker/block_table.py:{line}@{version}"
@@ -74,8 +83,8 @@ def block_tables(
     return [
         tensor("tables", "block_tables", shape, "int32", source),
         tensor("tables", "block_tables_cpu", shape, "int32", source, "host_pinned"),
-        tensor("tables", "token_ids_cpu", (rows, context_tokens), "int32", host, "host"),
-        tensor("tables", "is_token_ids", (rows, context_tokens), "bool", host, "host"),
+        tensor("tables", "token_ids_cpu", (rows, asked_tokens), "int32", host, "host"),
+        tensor("tables", "is_token_ids", (rows, asked_tokens), "bool", host, "host"),
     ]
 
 

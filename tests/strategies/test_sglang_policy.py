@@ -14,8 +14,7 @@ from strategies.sglang_policy import (
 from strategies.sglang_tables import VERSIONS, decode_graph_batches, piecewise_sizes, request_table
 
 H200_BYTES = 143_156 * MIB
-# Free before the weights in starts of 0.5.12.post1 on an H200, from its pool of 10,133,095 tokens.
-FREE_BYTES = H200_BYTES - round(1.68 * GIB)
+FREE_BYTES = H200_BYTES - 552_402_944  # beside a bare CUDA context
 ONE_RANK = EngineModel(
     layers=48,
     kv_heads=1,
@@ -60,7 +59,7 @@ def test_a_real_start_is_reproduced(context, flags, rows, graph_rows):
 def test_the_real_failure_at_ten_million_is_reproduced():
     made = plan(10_000_000)
     assert made.named("req_to_token").nbytes == 81_960_032_784
-    free = FREE_BYTES - ONE_RANK.weights_bytes
+    free = FREE_BYTES - ONE_RANK.weights_bytes - made.named("libraries").nbytes
     free -= made.named("rope_cos_sin").nbytes + made.named("req_to_token").nbytes
     ((count, buffer_bytes),) = made.named("kv_pool").pieces
     assert count == 96

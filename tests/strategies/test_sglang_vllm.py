@@ -29,7 +29,7 @@ TWO_HEADS = dataclasses.replace(ONE_RANK, kv_heads=2)
 KV_MODEL = KVModel("small", (LayerGroup("full", Geometry(1, 1, 8, 1), 64),))
 
 
-def device_for(model, context_bytes=1_803_886_264, capacity_bytes=H200_BYTES):
+def device_for(model, context_bytes=552_402_944, capacity_bytes=H200_BYTES):
     made = HostDevice(capacity_bytes // SCALE, SCALE)
     made.allocate("context", "cuda_context", context_bytes // SCALE)
     made.allocate("weights", "weights", model.weights_bytes // SCALE)

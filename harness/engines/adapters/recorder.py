@@ -1,0 +1,371 @@
+"""What the adapters share: records of a start, and who held the memory when one failed.
+
+Runs inside an engine's own Python and imports nothing of the harness; torch and pynvml only when a
+start is under way. The records are described in :mod:`harness.engines.protocol`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import linecache
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+# Versions whose internals the adapters know; the last one is what `pip install` lines name.
+VERSIONS = {"sglang": ("0.5.12.post1",), "vllm": ("0.23.0",)}
+MIB = 1 << 20
+POLL_SECONDS = 0.02
+HELD_LEAST_BYTES = 16 * MIB
+HELD_LINES = 24
+MESSAGE_CHARS = 2000
+HISTORY_ENTRIES = 400_000
+# Frames of these files only pass an allocation on.
+_PASSING = ("/torch/", "<frozen", "/contextlib.py", "/threading.py", "/runpy.py", "??")
+_NAME = re.compile(r"""(?:self\.(\w+)\s*(?::[^=]+)?=[^=]|["'](\w+)["']\s*:)""")
+_ASKED = re.compile(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB)")
+_FREE = re.compile(r"of which ([\d.]+) (KiB|MiB|GiB) is free")
+_UNITS = {"KiB": 1 << 10, "MiB": MIB, "GiB": 1 << 30}
+
+
+class Moved(Exception):
+    """An internal of the engine is not where its known version has it."""
+
+
+class Recorder:
+    """Writes the records of one start.
+
+    Parameters
+    ----------
+    spec_path : str
+        The spec, as :mod:`harness.engines.protocol` describes it.
+    engine : str
+        ``sglang`` or ``vllm``; its package has the same name.
+    """
+
+    def __init__(self, spec_path: str, engine: str) -> None:
+        with open(spec_path, encoding="utf-8") as file:
+            self.spec: dict[str, Any] = json.load(file)
+        self.engine = engine
+        self.version = ""
+        self._out = open(self.spec["records"], "a", encoding="utf-8")  # noqa: SIM115
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._nvml: Any = None
+        self._handle: Any = None
+        self._peak = 0
+        self._stop = False
+        self.items: dict[str, dict[str, Any]] = {}
+
+    # -- records --------------------------------------------------------------------------------
+
+    def emit(self, kind: str, **fields: Any) -> None:  # noqa: ANN401
+        """Append one record, at once."""
+        seconds = round(time.monotonic() - self._began, 3)
+        text = json.dumps({"type": kind, "seconds": seconds, **fields}, default=str)
+        with self._lock:
+            self._out.write(text + "\n")
+            self._out.flush()
+
+    def begin(self, version: str) -> None:
+        """Say which engine starts; start reading memory.
+
+        Raises
+        ------
+        Moved
+            For a version whose internals are not known.
+        """
+        known = VERSIONS[self.engine]
+        if version not in known:
+            raise Moved(
+                f"{self.engine} {version} is installed; this adapter knows {', '.join(known)}"
+            )
+        wanted = self.spec.get("version")
+        if wanted is not None and wanted != version:
+            raise Moved(f"{self.engine} {version} is installed; strategy.version={wanted}")
+        self.version = version
+        import pynvml
+        import torch
+
+        pynvml.nvmlInit()
+        self._nvml = pynvml
+        uuid = self.spec.get("gpu_uuid")
+        self._handle = (
+            pynvml.nvmlDeviceGetHandleByUUID(uuid.encode())
+            if uuid
+            else pynvml.nvmlDeviceGetHandleByIndex(0)
+        )
+        self.emit(
+            "began",
+            engine=self.engine,
+            version=version,
+            torch=str(torch.__version__),
+            python=sys.version.split()[0],
+            nvml_used_bytes=self.nvml_used(),
+        )
+        threading.Thread(target=self._poll, daemon=True).start()
+        torch.cuda.init()
+        torch.cuda.memory._record_memory_history(
+            enabled="all", context="alloc", stacks="python", max_entries=HISTORY_ENTRIES
+        )
+
+    def phase(self, name: str, step: str = "") -> dict[str, Any]:
+        """Record every meter at the end of a phase; returns the reading."""
+        reading = self.reading()
+        self.emit("phase", phase=name, step=step or name, **reading)
+        return reading
+
+    def item(
+        self,
+        phase: str,
+        name: str,
+        nbytes: int,
+        shape: str = "",
+        location: str = "device",
+        count: int = 1,
+        how: str = "tensor",
+    ) -> None:
+        """Record one allocation of the engine, by the name that its emulation gives it."""
+        fields = {
+            "phase": phase,
+            "name": name,
+            "bytes": int(nbytes),
+            "count": int(count),
+            "shape": shape,
+            "location": location,
+            "how": how,
+        }
+        self.items[name] = fields
+        self.emit("item", **fields)
+
+    def tensor(self, phase: str, name: str, value: Any, count: int = 1) -> None:  # noqa: ANN401
+        """Record one of ``count`` equal tensors."""
+        dtype = str(value.dtype).replace("torch.", "")
+        shape = f"{dtype} [{', '.join(str(n) for n in value.shape)}]"
+        location = "device"
+        if value.device.type == "cpu":
+            location = "host_pinned" if value.is_pinned() else "host"
+        nbytes = count * value.numel() * value.element_size()
+        self.item(
+            phase, name, nbytes, f"{count} x {shape}" if count > 1 else shape, location, count
+        )
+
+    def ready(self, **fields: Any) -> None:  # noqa: ANN401
+        """Record that the engine is ready; ``fields`` are what it would serve."""
+        import torch
+
+        torch.cuda.synchronize()
+        self._stop = True
+        reading = self.reading()
+        self.emit("held", lines=self.held())
+        self.emit("ready", nvml_peak_bytes=self._peak, **reading, **fields)
+
+    # -- meters ---------------------------------------------------------------------------------
+
+    def nvml_used(self) -> int:
+        """Bytes in use on the GPU, as nvidia-smi counts them."""
+        used = int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        self._peak = max(self._peak, used)
+        return used
+
+    def _poll(self) -> None:
+        while not self._stop:
+            self.nvml_used()
+            time.sleep(POLL_SECONDS)
+
+    def reading(self) -> dict[str, Any]:
+        """NVML's, CUDA's and torch's figures at this moment."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        return {
+            "nvml_used_bytes": self.nvml_used(),
+            "device_free_bytes": int(free),
+            "device_used_bytes": int(total - free),
+            "torch_allocated_bytes": int(torch.cuda.memory_allocated()),
+            "torch_reserved_bytes": int(torch.cuda.memory_reserved()),
+            "torch_peak_reserved_bytes": int(torch.cuda.max_memory_reserved()),
+        }
+
+    # -- internals ------------------------------------------------------------------------------
+
+    def get(self, owner: Any, path: str) -> Any:  # noqa: ANN401
+        """An attribute of an attribute …; :class:`Moved` where one is missing."""
+        found = owner
+        for name in path.split("."):
+            if not hasattr(found, name):
+                what = type(owner).__name__
+                raise Moved(f"{self.engine} {self.version}: {what}.{path} is not where it was")
+            found = getattr(found, name)
+        return found
+
+    def wrap(
+        self,
+        owner: Any,  # noqa: ANN401
+        name: str,
+        before: Callable[[Any], None] | None = None,
+        after: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Have a method of a class tell us when it begins and ends; both are given the object."""
+        original = self.get(owner, name)
+
+        def told(this: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            if before is not None:
+                before(this)
+            result = original(this, *args, **kwargs)
+            if after is not None:
+                after(this)
+            return result
+
+        setattr(owner, name, told)
+
+    # -- failures -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def guarded(
+        self,
+        refusals: tuple[str, ...],
+        name_of: Callable[[list[dict[str, Any]]], str],
+        on_failure: Callable[[], dict[str, int]],
+    ) -> Iterator[None]:
+        """Turn whatever a start raises into a ``failed`` record.
+
+        Parameters
+        ----------
+        refusals : tuple of str
+            How the messages begin with which the engine itself declines for want of memory.
+        name_of : callable
+            Names an allocation by the frames of its stack, innermost first.
+        on_failure : callable
+            Records the items that were made before it; returns how many equal tensors the
+            allocations of a name consist of, where that is known.
+        """
+        try:
+            yield
+        except BaseException as error:
+            traceback.print_exc()
+            pieces: dict[str, int] = {}
+            with contextlib.suppress(Exception):
+                pieces = on_failure()
+            self._failed(error, refusals, name_of, pieces)
+
+    def _failed(
+        self,
+        error: BaseException,
+        refusals: tuple[str, ...],
+        name_of: Callable[[list[dict[str, Any]]], str],
+        pieces: dict[str, int],
+    ) -> None:
+        chain = list(_causes(error))
+        root = next((e for e in chain if type(e).__name__ == "OutOfMemoryError"), None)
+        how = "oom" if root is not None else "crash"
+        refused = next((e for e in chain if str(e).startswith(refusals)), None)
+        if root is None and refused is not None:
+            root, how = refused, "refused"
+        root = root or error
+        frames = _traceback(root)
+        fields: dict[str, Any] = {}
+        with contextlib.suppress(Exception):
+            fields |= self.reading()
+        if how == "oom":
+            fields |= self._asked(str(root))
+            recorded = fields.pop("frames", None)
+            frames = recorded or frames
+            name = fields["allocation"] = name_of(frames)
+            if name in pieces and "asked_bytes" in fields:
+                fields["whole_bytes"] = pieces[name] * fields["asked_bytes"]
+        with contextlib.suppress(Exception):
+            self.emit("held", lines=self.held(name_of))
+        self.emit(
+            "failed",
+            how=how,
+            error_type=type(root).__name__,
+            message=str(root)[:MESSAGE_CHARS],
+            where=self._where(frames[0]) if frames else "",
+            stack=[self._where(f) for f in frames[:8]],
+            nvml_peak_bytes=self._peak,
+            **fields,
+        )
+
+    def _asked(self, message: str) -> dict[str, Any]:
+        """Bytes that an allocation asked for and that were free, exactly where torch tells."""
+        found: dict[str, Any] = {}
+        for key, pattern in (("asked_bytes", _ASKED), ("free_bytes", _FREE)):
+            said = pattern.search(message)
+            if said:
+                found[key] = int(float(said[1]) * _UNITS[said[2]])
+        with contextlib.suppress(Exception):
+            import torch
+
+            traces = torch.cuda.memory._snapshot()["device_traces"]
+            last = [e for trace in traces for e in trace if e["action"] == "oom"][-1]
+            found["asked_bytes"] = int(last["size"])
+            if last.get("device_free") is not None:
+                found["free_bytes"] = int(last["device_free"])
+            found["frames"] = _own(last.get("frames", []))
+        return found
+
+    def held(
+        self, name_of: Callable[[list[dict[str, Any]]], str] | None = None
+    ) -> list[dict[str, Any]]:
+        """Live allocations by source line, largest first, from torch's own snapshot."""
+        import torch
+
+        groups: dict[tuple[str, ...], dict[str, Any]] = {}
+        for segment in torch.cuda.memory._snapshot()["segments"]:
+            for block in segment["blocks"]:
+                if block["state"] != "active_allocated":
+                    continue
+                frames = _own(block.get("frames", []))
+                stack = tuple(self._where(f) for f in frames[:4])
+                one = groups.setdefault(
+                    stack, {"bytes": 0, "count": 0, "name": name_of(frames) if name_of else ""}
+                )
+                one["bytes"] += int(block.get("requested_size", block["size"]))
+                one["count"] += 1
+        lines = [
+            {"where": stack[0] if stack else "unknown", "stack": list(stack), **one}
+            for stack, one in groups.items()
+            if one["bytes"] >= HELD_LEAST_BYTES
+        ]
+        return sorted(lines, key=lambda line: -line["bytes"])[:HELD_LINES]
+
+    def _where(self, frame: dict[str, Any]) -> str:
+        path = str(frame["filename"])
+        _, found, rest = path.rpartition(f"/{self.engine}/")
+        return f"{rest if found else os.path.basename(path)}:{frame['line']} {frame['name']}"
+
+
+def source_name(frame: dict[str, Any]) -> str:
+    """What a line of source assigns: ``self.NAME = …`` or ``"NAME": …``; ``""`` for neither."""
+    text = linecache.getline(str(frame["filename"]), int(frame["line"]))
+    found = _NAME.search(text)
+    return (found[1] or found[2]) if found else ""
+
+
+def _own(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Frames that are not torch's own, innermost first."""
+    return [f for f in frames if f["filename"] and not any(p in f["filename"] for p in _PASSING)]
+
+
+def _traceback(error: BaseException) -> list[dict[str, Any]]:
+    found = traceback.extract_tb(error.__traceback__)
+    return _own([{"filename": f.filename, "line": f.lineno, "name": f.name} for f in found[::-1]])
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    at: BaseException | None = error
+    while at is not None and id(at) not in seen:
+        seen.add(id(at))
+        yield at
+        at = at.__cause__ or at.__context__
