@@ -93,7 +93,7 @@ def claims(runs: list[Run], folders: list[str]) -> str:
 
 
 def trust(runs: list[Run], folders: list[str]) -> str:
-    """A line a run: its rows, how they reconcile, gate errors, the planner, and what the check says."""
+    """A line a run: rows, gate errors, what was unexplained, off the plan, and the check's word."""
     lines = []
     for run, folder in zip(runs, folders, strict=True):
         own = trials(run.rows)
