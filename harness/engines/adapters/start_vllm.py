@@ -157,7 +157,7 @@ def name_of(frames: list[dict[str, Any]]) -> str:
             return source_name(frame) or "block_tables"
         if path.endswith("gpu/states.py"):
             return source_name(frame) or "request_state"
-        if "rotary_embedding" in path:
+        if "cos_sin_cache" in function:
             return "rope_cos_sin"
         if function == "capture_model" or path.endswith("cudagraph_utils.py"):
             return "cuda_graphs"
