@@ -76,6 +76,8 @@ class Start:
         )
 
     def _profile(self) -> dict[str, Any]:
+        if self.recorder.spec["flags"].get("kv_cache_memory_bytes"):
+            return {}  # then nothing is profiled
         return {name: self.recorder.get(self.worker, name) for name in PROFILE}
 
     def _listen(self, worker: Any, runner: Any) -> None:  # noqa: ANN401
