@@ -214,10 +214,12 @@ def test_an_adapter_whose_engine_has_moved_gives_no_figure(tmp_path, words, said
     assert row["kv_committed_bytes"] is None
 
 
-def test_an_engine_sees_none_of_our_packages(tmp_path, monkeypatch):
+def test_an_engine_sees_none_of_our_packages_and_one_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert "/ours" not in environment(cell(tmp_path, "starts"))["PYTHONPATH"]
+    _, outcome = start(tmp_path, "starts", FEW)
+    seen = outcome.samples[0]["ready"]["settings"]
+    assert seen == {"cwd": str(tmp_path / "trial"), "path": None}
     assert environment(cell(tmp_path, "starts"))["CUDA_VISIBLE_DEVICES"] == "3"
 
 
