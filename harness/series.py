@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from harness.columns import COLUMNS
+from harness.rows import NOT_OF_ENGINES
 from harness.runs import clean, frame, trials
 from harness.tabular import tokens
 
@@ -42,8 +43,6 @@ VARIATIONS = (
     "parallel",
     "context_ranks",
 )
-# Of our arena, layout and kernels: no engine has them, and its emulation does not use them.
-NOT_OF_ENGINES = ("chunk_bytes", "arena", "layout", "table_order")
 NAMED_BY_VALUE = (
     "strategy",
     "model",
