@@ -146,9 +146,12 @@ def main(behaviour: str, adapter: str, spec: str) -> None:
             recorder.emit("gossip")
         if behaviour == "grandchild":
             subprocess.Popen(["sleep", "300"], start_new_session=True)
-        recorder.ready(pool_tokens=96 * GIB // 24576, request_limit=rows - 1,
-                       max_request_tokens=96 * GIB // 24576 - 1,
-                       settings={"cwd": os.getcwd(), "path": os.environ.get("PYTHONPATH")})  # fmt: skip
+        recorder.ready(
+            pool_tokens=96 * GIB // 24576,
+            request_limit=rows - 1,
+            max_request_tokens=96 * GIB // 24576 - 1,
+            settings={"cwd": os.getcwd(), "path": os.environ.get("PYTHONPATH")},
+        )
     os._exit(0)
 
 
