@@ -31,8 +31,9 @@ METRICS = {
 COLUMNS = 3
 ADMISSIBLE_TEXT = (
     "Admissible: the longest sequence that would be taken, mean over time; beside it, its "
-    "share of the free memory (or of the context) at the worst moment. –: nothing grew."
+    "share of the free memory (or of the context) at the worst moment."
 )
+NEVER_GREW_TEXT = "Without a stall: memory was committed at start-up and never grew."
 NAME_LETTERS = 20
 PANELS = 2
 
@@ -76,6 +77,7 @@ def figure_fragmentation(rows: pd.DataFrame) -> Figure:
     style.badge(
         figure,
         ADMISSIBLE_TEXT,
+        NEVER_GREW_TEXT if own["grow_events"].eq(0).any() else "",
         SCALE_TEXT if is_scale_model(own) else "",
         SPEED_OF_SCALE_MODEL if is_scale_model(own) else "",
     )

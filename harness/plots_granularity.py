@@ -28,7 +28,7 @@ METRICS = {
     "grow_stall_us_p50": ("growth stall\np50, ms", 1e-3, True),
     "grow_stall_us_p99": ("growth stall\np99, ms", 1e-3, True),
     "internal_share": ("internal waste,\n% of KV memory", 100.0, False),
-    "attention_decode_bytes_per_second": ("decode, TB/s\n(attention only)", 1e-12, False),
+    "attention_decode_bytes_per_second": ("decode, GB/s\n(attention only)", 1e-9, False),
 }
 ENOUGH_EVENTS = 100
 FEW_TEXT = f"Hollow, not joined: fewer than {ENOUGH_EVENTS} growth events; p99 is the longest."
