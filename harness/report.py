@@ -13,6 +13,7 @@ from harness import tables
 from harness.arguments import OneLineParser
 from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
+from harness.remedies import remedies_table
 from harness.runs import Run, RunError, clean, dicts, frame, load_runs, lookup, write_file
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, markdown_text
@@ -64,6 +65,7 @@ def title(folder: Path, manifest: dict[str, Any]) -> str:
 def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     """Return the tables of a report that have a line; the last one is of every trial."""
     found = [
+        remedies_table(rows, summary),
         tables.oom_points(summary),
         tables.verdicts(summary),
         *engine_tables(summary),
