@@ -46,6 +46,8 @@ def one_gpu(run: Run) -> Result:
     """
     measured = run.rows[run.rows["basis"] == "measured"]
     own = measured[measured["run_id"] == run.run_id]
+    if not own.empty and not own["gpu_uuid"].any():
+        return _named_once(run)
     if own.empty:
         why = "rows of earlier runs" if len(measured) else "no row was measured on a GPU"
         return not_applicable(why)
@@ -58,6 +60,18 @@ def one_gpu(run: Run) -> Result:
                 return failed(fault if rank == 0 else f"rank {rank:g}: {fault}")
             every |= set(rows["gpu_uuid"]) - {""}
     return _attempts(run, every)
+
+
+def _named_once(run: Run) -> Result:
+    """Judge rows from before they named their GPU, by the manifest of their only attempt."""
+    before, after = (
+        {clean(g["uuid"]) for g in dicts(run.manifest, key) if g.get("uuid")}
+        for key in ("gpus", "gpus_after")
+    )
+    attempts = len(dicts(run.manifest, "attempts"))
+    if attempts == 1 and len(before) == 1 and before == after:
+        return passed(f"1 attempt, {before.pop()} (rows do not name their GPU)")
+    return failed(f"rows do not name their GPU; {attempts} attempts")
 
 
 def _fault(rows: pd.DataFrame) -> str:

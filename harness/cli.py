@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import hydra_flags
+from harness.compose import as_typed
 from harness.folder import FolderError
 from harness.lock import Busy
 from harness.settings import Settings
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line, flush=True)
         with joined_world() as world:
             return run_as(world, settings, lambda: _run(settings, words))
-    except (BadValue, FolderError, Busy) as error:
+    except (BadValue, FolderError, Busy) as refused:
+        error = as_typed(refused, words) if isinstance(refused, BadValue) else refused
         if os.environ.get("RANK", "0") == "0":  # one line, however many ranks find the same fault
             print(f"harness: {printable(error)}", file=sys.stderr)
         return 2

@@ -1,8 +1,10 @@
-"""``python -m harness.compare A B``: what differs between two runs, strategies or commits."""
+"""``python -m harness.compare A B``: what differs between two runs, strategies or commits.
+
+The runs' own folders are only read. Exit 0; 1 when not one cell can be compared; 2 for bad input.
+"""
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import re
@@ -15,12 +17,14 @@ from typing import Any
 import pandas as pd
 
 from harness import style
+from harness.arguments import OneLineParser
 from harness.pairing import MEMORY, METRICS, Pairs, Ratio, cell_names, pair, ratios
 from harness.plots_compare import figure_compare
 from harness.runs import Run, RunError, clean, load_run, lookup, read_text, write_file
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, figure_of, gib
 
+OUT = Path("results/runs/compare")
 PROVENANCE = (("git", "commit"), ("git", "dirty"), ("git", "diff_sha"), ("config_hash",))
 SCALE_NOTE = "Rows of the scale model: bytes are the modelled device's; speeds are no GPU's."
 
@@ -83,10 +87,12 @@ def write_comparison(
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([f.name for f in fields(Ratio)])
     writer.writerows([_cell(v) for v in astuple(r)] for r in found)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder}: cannot be written ({error.strerror})") from None
     out = [write_file(folder / f"{name}.csv", text.getvalue())]
-    if found:
-        out += style.save(figure_compare(found, *labels), folder, name)
-    return out
+    return out + style.save(figure_compare(found, *labels), folder, name)
 
 
 def arms(
@@ -106,6 +112,10 @@ def arms(
         if first.folder.resolve() == second.folder.resolve():
             raise RunError("the same run twice; allowed: two runs, or one and --strategies X Y")
         return (first.run_id, first.rows), (second.run_id, second.rows)
+    same = second is None or first.folder.resolve() == second.folder.resolve()
+    if same and strategies[0] == strategies[1]:
+        twice = " ".join(clean(s) for s in strategies)
+        raise RunError(f"--strategies {twice}: allowed: two different ones of one run")
     sides = []
     for run, strategy in zip(runs, strategies, strict=True):
         rows = run.rows[run.rows["strategy"] == strategy]
@@ -117,21 +127,31 @@ def arms(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write a comparison; 0, or 2 for bad input."""
+    """Print and write a comparison; 0, 1 when no cell can be compared, or 2 for bad input."""
     options = _parser().parse_args(arguments)
     try:
         if len(options.runs) > 2:
             raise RunError(f"{len(options.runs)} runs given; allowed: one or two")
         runs = [load_run(folder) for folder in options.runs]
         text, found, names = compare(runs, options.strategies, options.seed)
-        folder = Path(options.out) if options.out else runs[0].folder / "figures"
+        folder = Path(options.out)
         slug = re.sub(r"[^A-Za-z0-9_-]+", "-", f"compare_{names[0]}_{names[1]}")[:120]
+        if not found:
+            print(text)
+            print(f"harness.compare: {nothing_in_common(*names)}", file=sys.stderr)
+            return 1
         paths = write_comparison(folder, slug, found, names)
     except RunError as error:
         print(f"harness.compare: {error}", file=sys.stderr)
         return 2
     print("\n".join([text, *map(str, paths)]))
     return 0
+
+
+def nothing_in_common(a: str, b: str) -> str:
+    """Return why there is no ratio."""
+    measured = ", ".join(METRICS.values())
+    return f"{a} and {b}: no cell is ok in both with the same figure measured ({measured})"
 
 
 def compare(
@@ -151,7 +171,8 @@ def compare(
     Returns
     -------
     tuple
-        The text that is printed, the ratios, and the names of A and B.
+        The text that is printed, the ratios (none when no cell is ok in both), and the names of A
+        and B.
 
     Raises
     ------
@@ -169,29 +190,29 @@ def compare(
         for table in (changed_table(pairs, first, second or first), end_table(pairs))
         if table.rows
     ]
-    parts += [
-        ratio_table(found, name_a, name_b).text({"at the 2 % gate": 36, "cell": 40}),
-        f"{len(pairs.both)} pairs; without one: {pairs.only_a} of A, {pairs.only_b} of B.",
-    ]
+    if found:
+        table = ratio_table(found, name_a, name_b)
+        parts.append(table.text({"at the 2 % gate": 36, "cell": 40}))
+    parts.append(f"{len(pairs.both)} pairs; without one: {pairs.only_a} of A, {pairs.only_b} of B.")
     if is_scale_model(rows_a) or is_scale_model(rows_b):
         parts.append(SCALE_NOTE)
     return "\n".join(parts), found, (name_a, name_b)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
         prog="python -m harness.compare",
         description="Compare two runs (of two commits, say), or two strategies of one run: paired "
         "ratios with confidence intervals, what changed, what is significant at the 2 %% gate.",
-        epilog="Writes compare_*.csv, .png and .svg into A's figures folder. Exit status: 0, or 2 "
-        "for bad input.",
+        epilog=f"Writes compare_*.csv, .png and .svg into {OUT}. Exit status: 0; 1 when not one "
+        "cell can be compared; 2 for bad input.",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="A, or A and B: runs' folders")
     parser.add_argument(
         "--strategies", nargs=2, metavar=("X", "Y"), help="compare strategy X (of A) with Y (of B)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    parser.add_argument("--out", metavar="DIR", help="write there instead of into A's figures")
+    parser.add_argument("--out", metavar="DIR", default=OUT, help=f"write there (default {OUT})")
     return parser
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,13 +21,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from harness.schema import register
 from harness.sizes import BadValue
 
 GROUPS = ("strategy", "model", "hardware", "workload", "parallel", "experiment")
 MAX_JOBS = 1000
+MAX_KEY_CHARACTERS = 200  # Hydra looks for files of a key's name
 
 
 def conf_dir() -> Path:
@@ -61,6 +63,12 @@ def parse_overrides(arguments: Sequence[str]) -> list[Override]:
             raise BadValue(word.strip() or "''", ..., "words of the form key=value (see --help)")
         if value == "":
             raise BadValue(key, "", "a value after '='")
+        if len(key) > MAX_KEY_CHARACTERS:
+            allowed = f"keys of up to {MAX_KEY_CHARACTERS} characters (see --help)"
+            raise BadValue(f"{key[:40]}…", f"{value[:40]}", allowed)
+        # A reference could read the environment, and a run must not depend on what it does not say.
+        if "${" in value:
+            raise BadValue(key, value, "a value itself: ${...} is not looked up")
         try:
             override = parser.parse_overrides([word])[0]
         except HydraException:
@@ -92,6 +100,19 @@ def _check_name(override: Override) -> None:
     if leaf == "name" and group in ("strategy", "hardware", "workload", "parallel"):
         known = ", ".join(f"{group}={option}" for option in options(group))
         raise BadValue(override.get_key_element(), override.get_value_string(), known)
+
+
+def as_typed(error: BadValue, arguments: Sequence[str]) -> BadValue:
+    """The same complaint with the number as it was typed: 1e400 is read as ``inf``."""
+    if str(error.value) not in ("inf", "-inf", "nan"):
+        return error
+    for word in reversed(arguments):
+        key, _, value = word.partition("=")
+        for item in re.split(r"[][,\s]+", value) if key == error.key else ():
+            with contextlib.suppress(ValueError):
+                if not math.isfinite(float(item)):
+                    return BadValue(key, item, error.allowed)
+    return error
 
 
 def expand(arguments: Sequence[str], multirun: bool) -> list[list[str]]:
@@ -147,21 +168,16 @@ def _one_line(error: Exception, parsed: Sequence[Override]) -> BadValue:
     if guilty is None:
         return BadValue("configuration", "", text[:300])
     key, value = guilty.get_key_element(), guilty.get_value_string()
-    if isinstance(error, InterpolationResolutionError):
-        return BadValue(key, value, f"a value, or a reference to a key ({text[:200]})")
     groups = [o.input_line or "" for o in parsed if o.get_key_element() in GROUPS]
     full = re.search(r"full_key: (\S+)", text)
     return BadValue(key, value, _allowed(full[1] if full else key, text, groups))
 
 
 def _guilty(text: str, parsed: Sequence[Override]) -> Override | None:
-    """The override that an error of Hydra's is about: named, or the one that refers elsewhere."""
+    """The override that an error of Hydra's names."""
     named = re.search(r"(?:merging override (.+?)=|override '(.+?)')", text)
     key = named and (named[1] or named[2])
-    for override in reversed(parsed):
-        if override.get_key_element() == key:
-            return override
-    return next((o for o in reversed(parsed) if "${" in o.get_value_string()), None)
+    return next((o for o in reversed(parsed) if o.get_key_element() == key), None)
 
 
 KINDS = {

@@ -138,8 +138,9 @@ def _deviations(row: Row, made: Prediction) -> list[str]:
     """Items of a row that differ from the prediction, with the bytes that they differ by."""
     by_phase: dict[str, int] = {}
     for item in made.items:
-        if item.location == "device" and not item.failed:
-            by_phase[item.phase] = by_phase.get(item.phase, 0) + item.nbytes
+        if item.location == "device":
+            held = item.taken_bytes if item.failed else item.nbytes
+            by_phase[item.phase] = by_phase.get(item.phase, 0) + held
     measured = {
         p: row.get(f"{p}_bytes") or 0 for p in ("context", "nccl", "weights", "tables", "workspace")
     }

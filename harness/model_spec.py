@@ -110,6 +110,14 @@ def known_model(name: str, ranks: int) -> ModelSpec:
     return model_spec(conf, ranks)
 
 
+def shares(conf: DictConfig, ranks: int) -> bool:
+    """Whether tensor-parallel ranks can share the heads: query heads split, KV heads or copies."""
+    q_heads, kv_heads = int(conf.q_heads_total), int(conf.kv_heads_total)
+    if q_heads % ranks or (kv_heads % ranks and ranks % kv_heads):
+        return False
+    return q_heads // ranks % max(1, kv_heads // ranks) == 0
+
+
 def model_spec(conf: DictConfig, ranks: int) -> ModelSpec:
     """The model of a configuration, checked.
 

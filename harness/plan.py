@@ -1,4 +1,4 @@
-"""``python -m harness.plan [group=option] [key=value] [json=true]``: predict, without running.
+"""``python -m harness.plan [group=option] [key=value] [json=true] [-m]``: predict, without running.
 
 Every allocation, how it would end, the three OOM points, the largest context that starts and the
 smallest change of flags that helps, from formulas alone. Exit 0 also when the answer is "does not
@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from harness.forecast import plan_spec
+from harness.compose import as_typed, expand
+from harness.forecast import check, plan_spec
 from harness.planner import largest_context_that_starts, oom_points, predict
 from harness.planner_changes import Change, smallest_change
 from harness.planner_engines import ENGINES
@@ -22,9 +23,9 @@ from harness.settings import Settings
 from harness.sizes import BadValue, tokens_text
 from harness.validate import compose_settings
 
-USAGE = """usage: python -m harness.plan [group=option] [key=value] [json=true]
+USAGE = """usage: python -m harness.plan [group=option] [key=value] [json=true] [-m]
 
-The same words as python -m harness. Lists of values (strategy=static,paged) plan each.
+The same words as python -m harness; with -m lists of values (strategy=static,paged) plan each.
 
   python -m harness.plan strategy=sglang context=10M hardware=h200
   python -m harness.plan strategy=sglang strategy.max_running_requests=16
@@ -44,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         as_json, words = _take_json(words)
         answers = [Answer(settings) for settings in _all_settings(words)]
-    except (BadValue, ValueError) as error:
+    except ValueError as refused:
+        error = as_typed(refused, words) if isinstance(refused, BadValue) else refused
         print(f"harness.plan: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if as_json:
@@ -68,11 +70,13 @@ def _take_json(words: list[str]) -> tuple[bool, list[str]]:
 
 
 def _all_settings(words: list[str]) -> list[Settings]:
-    from harness.compose import expand
-
     flags = ("-m", "--multirun")
-    jobs = expand([w for w in words if w not in flags], multirun=True)
-    return [compose_settings(job, planning=True) for job in jobs]
+    multirun = any(w in flags for w in words)
+    jobs = expand([w for w in words if w not in flags], multirun)
+    made = [compose_settings(job, planning=True) for job in jobs]
+    for one in made:
+        check(one)
+    return made
 
 
 class Answer:

@@ -94,7 +94,10 @@ class PlanSpec:
 
 @dataclass(frozen=True)
 class PlanItem:
-    """One predicted allocation, in the device's own bytes."""
+    """One predicted allocation, in the device's own bytes.
+
+    ``taken_bytes`` are those of a failed one's pieces that fitted before.
+    """
 
     phase: str
     allocation: str
@@ -103,6 +106,7 @@ class PlanItem:
     source: str = ""
     shape: str = ""
     failed: bool = False
+    taken_bytes: int = 0
 
 
 @dataclass(frozen=True)

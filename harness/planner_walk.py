@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from harness.planner_spec import PlanItem, PlanSpec, Prediction
@@ -47,7 +47,7 @@ class Walk:
             taken += fitting * nbytes
             if fitting < count:
                 self.held_bytes += taken
-                self._end("oom", item, item.nbytes, before)
+                self._end("oom", item, item.nbytes, before, taken=taken)
         self.items.append(item)
         self.held_bytes += taken
 
@@ -60,22 +60,18 @@ class Walk:
         self._end("oom", item, requested, free)
 
     def _end(
-        self, outcome: str, item: PlanItem, requested: int, free: int, message: str = ""
+        self,
+        outcome: str,
+        item: PlanItem,
+        requested: int,
+        free: int,
+        message: str = "",
+        taken: int = 0,
     ) -> None:
         self.outcome, self.phase, self.allocation = outcome, item.phase, item.allocation
         self.requested_bytes, self.refused_free_bytes = requested, free
         self.message = message
-        self.items.append(
-            PlanItem(
-                item.phase,
-                item.allocation,
-                item.nbytes,
-                item.location,
-                item.source,
-                item.shape,
-                True,
-            )
-        )
+        self.items.append(replace(item, failed=True, taken_bytes=taken))
         raise Ended
 
     def before_strategy(self) -> None:

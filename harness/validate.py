@@ -18,8 +18,8 @@ from harness.compose import compose_config, expand
 from harness.engines.choose import check_engine, engine_of
 from harness.engines.stand_in import stand_in
 from harness.hardware import resolve
-from harness.model_spec import model_spec
-from harness.parallel import parallel_of
+from harness.model_spec import ModelSpec, model_spec, shares
+from harness.parallel import MAX_RANKS, Parallel, parallel_of
 from harness.settings import Settings, TrialOptions
 from harness.sizes import BadValue, parse_bytes, parse_tokens
 from harness.workload_keys import ACCOUNTED, ACCOUNTED_PAGE_TOKENS, workload_keys
@@ -49,7 +49,7 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     on_host = hardware.kind == "scale_model"
     parallel = parallel_of(conf.parallel, on_host, hardware.index, planning)
     context = parse_tokens(_scalar(conf.context, "context"))
-    model = model_spec(conf.model, parallel.tp)
+    model = _model(conf, parallel, overrides)
     workload = workload_keys(conf.workload)
     accounted = workload["kind"] in ACCOUNTED
     _range("seed", conf.seed, 0, 2**32 - 1)
@@ -103,6 +103,23 @@ def settings_of(conf: DictConfig, overrides: Sequence[str], planning: bool = Fal
     if made.device_bytes < 1:
         raise BadValue("hardware.capacity", conf.hardware.capacity, f"at least {made.scale} bytes")
     return made
+
+
+def _model(conf: DictConfig, parallel: Parallel, overrides: Sequence[str]) -> ModelSpec:
+    """The model over its ranks; where a number of ranks was typed, it is what must fit."""
+    try:
+        return model_spec(conf.model, parallel.tp)
+    except BadValue as error:
+        typed = any(w.startswith("parallel.ranks=") for w in overrides)
+        if not typed or error.key not in ("model.q_heads_total", "model.kv_heads_total"):
+            raise
+        fitting = [tp for tp in range(1, MAX_RANKS + 1) if shares(conf.model, tp)]
+        ranks = [str(tp * parallel.context_ranks) for tp in fitting]
+        if not ranks:
+            raise
+        heads = f"{conf.model.q_heads_total} query and {conf.model.kv_heads_total} KV heads"
+        allowed = f"{', '.join(ranks)} with {heads}"
+        raise BadValue("parallel.ranks", parallel.ranks, allowed) from None
 
 
 def _check_weights(made: Settings) -> None:

@@ -12,6 +12,13 @@ from strategies.vllm_tables import VERSIONS, at_least, uses_v2_runner
 
 AUTO = "auto"
 BACKENDS = ("flash_attn", "flashinfer", "triton_attn")
+# Every backend above takes multiples of 16 only (v1/attention/backends/flash_attn.py:94,147,
+# triton_attn.py:286, flashinfer.py:338 and v1/attention/backend.py:176-191@0.23.0). On top, the
+# argument itself was a list: 1, 8, 16 ... 128 (config/cache.py@0.10.2), up to 256 (@0.11.1 to
+# 0.16.0); from 0.23.0 on it is any number (config/cache.py:48@0.23.0).
+BLOCK_UNIT_TOKENS = 16
+LARGEST_BLOCK_TOKENS = 4096
+LISTED_BLOCK_TOKENS = {"0.11.0": (16, 32, 64, 128), "0.19.1": (16, 32, 64, 128, 256)}
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,7 @@ class VLLMFlags:
         check("gpu_memory_utilization", "a number above 0, at most 1", share)
         for key in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
             check(key, "a whole number from 1 on", is_count(getattr(self, key)))
-        block = self.block_size
-        check("block_size", "a whole number from 1 to 4096", is_count(block) and 1 <= block <= 4096)
+        check("block_size", *self._block_rule())
         length = self.max_model_len
         check("max_model_len", "a number of tokens, or auto", length == AUTO or is_count(length))
         backend = self.attention_backend
@@ -53,6 +59,16 @@ class VLLMFlags:
         check("usage", "server, llm", self.usage in ("server", "llm"))
         ranks = self.decode_context_parallel_size
         check("decode_context_parallel_size", "a whole number from 1 on", is_count(ranks))
+
+    def _block_rule(self) -> tuple[str, bool]:
+        """What the version allows as a block, and whether ours is."""
+        block, listed = self.block_size, LISTED_BLOCK_TOKENS.get(self.version)
+        whole = type(block) is int
+        if listed:
+            return f"{', '.join(map(str, listed))} in {self.version}", whole and block in listed
+        allowed = f"a multiple of {BLOCK_UNIT_TOKENS} up to {LARGEST_BLOCK_TOKENS}"
+        good = whole and block % BLOCK_UNIT_TOKENS == 0 and 1 <= block <= LARGEST_BLOCK_TOKENS
+        return allowed, good
 
 
 @dataclass(frozen=True)

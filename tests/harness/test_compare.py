@@ -112,7 +112,12 @@ def test_the_bootstrap_is_seeded_and_covers_the_mean():
     assert low < logs.mean() < high and logs.min() <= low and high <= logs.max()
 
 
-def test_the_command_writes_table_figure_and_csv(tmp_path, capsys):
+def everything(folder):
+    """Every file below a folder, by its path, with its bytes."""
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_command_writes_table_figure_and_csv(tmp_path, capsys, monkeypatch):
     first = write_run(tmp_path / "a", rows_with(1.0, repeats=3))
     second = write_run(
         tmp_path / "b",
@@ -121,12 +126,17 @@ def test_the_command_writes_table_figure_and_csv(tmp_path, capsys):
         git={"commit": "d" * 40, "dirty": True, "diff_sha": "1"},
     )
     (second / "config.yaml").write_text("model:\n  name: report\nseed: 1\n")
+    before = [everything(folder) for folder in (first, second)]
+    monkeypatch.chdir(tmp_path)
     assert main([str(first), str(second)]) == 0
     said = capsys.readouterr().out
     assert "B higher" in said and "d" * 40 in said and "config.yaml seed" in said
-    written = sorted(p.suffix for p in (first / "figures").iterdir())
-    assert written == [".csv", ".png", ".svg"]
-    with open(next((first / "figures").glob("*.csv")), newline="") as file:
+    assert [everything(folder) for folder in (first, second)] == before
+    out = tmp_path / "results" / "runs" / "compare"
+    assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".png", ".svg"]
+    assert main([str(first), str(second), "--out", "elsewhere/deep"]) == 0
+    assert everything(tmp_path / "elsewhere" / "deep") == everything(out)
+    with open(next(out.glob("*.csv")), newline="") as file:
         lines = list(csv.DictReader(file))
     total = next(x for x in lines if x["metric"] == DECODE and x["cell"] == "all cells")
     assert math.isclose(float(total["ratio"]), 1.1, rel_tol=0.01)
@@ -148,18 +158,43 @@ def test_two_strategies_of_one_run(tmp_path):
         (["A", "A"], "the same run twice"),
         (["A", "A", "A"], "3 runs given"),
         (["A", "--strategies", "static", "pagd"], "allowed: paged, static"),
+        (["A", "--strategies", "static", "static"], "two different ones"),
+        (["A", "A", "--strategies", "static", "static"], "two different ones"),
+        (["A", "B", "--out", "A/trials.csv"], "cannot be written"),
         (["nowhere", "A"], "no such folder"),
         (["A", "C"], "share no cell"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, words, said):
-    folder = write_run(tmp_path / "A")
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "A", run_id="first")
+    write_run(tmp_path / "B", run_id="second")
     write_run(tmp_path / "C", [cell("paged", 77, 1.0, model="other")])
-    before = sorted(p.name for p in folder.iterdir())
-    assert main([str(tmp_path / w) if w in "ACnowhere" else w for w in words]) == 2
+    before = everything(tmp_path)
+    assert main(words) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
-    assert sorted(p.name for p in folder.iterdir()) == before
+    assert everything(tmp_path) == before
+
+
+def test_the_same_strategy_of_two_runs_is_compared(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in "AB":
+        write_run(tmp_path / name, run_id=name)
+    assert main(["A", "B", "--strategies", "static", "static"]) == 0
+
+
+def test_without_a_cell_that_both_measured_there_is_no_comparison(tmp_path, capsys, monkeypatch):
+    failed = {"strategy": "sglang", "status": "oom"}
+    engine = [r | failed for r in sweep(2) if r["strategy"] == "static"]
+    write_run(tmp_path / "A", sweep(2) + [r | {"trial_id": f"s{n}"} for n, r in enumerate(engine)])
+    monkeypatch.chdir(tmp_path)
+    before = everything(tmp_path)
+    assert main(["A", "--strategies", "sglang", "static"]) == 1
+    said = capsys.readouterr()
+    assert "no cell is ok in both" in said.err and said.err.count("\n") == 1
+    assert "Cells that ended differently" in said.out
+    assert everything(tmp_path) == before
 
 
 def test_every_ratio_is_in_the_figure():

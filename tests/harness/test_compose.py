@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from omegaconf import OmegaConf
 
 from harness.arms import arms_of, settings_of_command
-from harness.compose import compose_config, expand, options
+from harness.compose import as_typed, compose_config, expand, options
 from harness.sizes import BadValue
 
 HOST = "hardware=scale_model"
@@ -92,8 +94,10 @@ def test_all_jobs_write_to_one_folder():
         (["trial.timeout_seconds=soon"], "trial.timeout_seconds", "a number"),
         (["results=null"], "results", "text"),
         (["sweep=null"], "sweep", "sweep.points"),
-        (["context=${nope}"], "context", "nope"),
-        (["context=${oc.env:NOT_SET_ANYWHERE}"], "context", "NOT_SET_ANYWHERE"),
+        (["context=${nope}"], "context", "not looked up"),
+        (["results=runs/${oc.env:HOME}"], "results", "not looked up"),
+        (["sweep.contexts=[1M,'${context}']"], "sweep.contexts", "not looked up"),
+        (["experiment.arms=[['seed=${oc.env:USER}']]"], "experiment.arms", "not looked up"),
         (["strategy.name=static"], "strategy.name", "strategy=static"),
         (["+new=1"], "+new", "keys that exist"),
         (["~context"], "~context", "keys that exist"),
@@ -109,6 +113,41 @@ def test_what_hydra_complains_of_is_said_in_one_line(words, key, allowed):
         compose_config(words)
     assert refused.value.key == key
     assert allowed in refused.value.allowed and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["k" * 5000 + "=1", "k." * 2500 + "k=1", "strategy@" + "k" * 5000 + "=static", "k" * 5000],
+    ids=["name", "path", "package", "word"],
+)
+@pytest.mark.parametrize("multirun", [False, True])
+def test_a_long_key_is_said_in_one_short_line(word, multirun):
+    with pytest.raises(BadValue) as refused:
+        settings_of_command([HOST, word], multirun)
+    assert len(str(refused.value)) < 400 and "see --help" in str(refused.value)
+
+
+@pytest.mark.parametrize("word", ["workload.path=", "results=", "experiment.name=", "model.name="])
+def test_a_long_value_is_said_in_one_line_or_is_a_name(word):
+    try:
+        settings_of_command([HOST, word + "v" * 5000], False)
+    except BadValue as refused:
+        assert len(str(refused)) < 400
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "value"),
+    [
+        (BadValue("fill", math.inf, "to 1"), ["fill=0.5", "fill=1e400"], "1e400"),
+        (BadValue("fill", math.inf, "to 1"), ["fill=[0.5, 1E999]", "seed=1e400"], "1E999"),
+        (BadValue("fill", "-inf", "to 1"), ["-m", "fill=0.1,-1e400"], "-1e400"),
+        (BadValue("fill", math.inf, "to 1"), ["seed=1e400"], math.inf),
+        (BadValue("fill", 2.0, "to 1"), ["fill=1e400"], 2.0),
+    ],
+)
+def test_a_number_is_repeated_as_it_was_typed(error, words, value):
+    found = as_typed(error, words)
+    assert (found.key, found.value, found.allowed) == ("fill", value, "to 1")
 
 
 @pytest.mark.parametrize(

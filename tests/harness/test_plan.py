@@ -27,7 +27,7 @@ def test_a_start_that_fails_is_an_answer(capsys):
 
 
 def test_json_has_the_shape_of_a_summary(capsys):
-    words = ("strategy=static,paged,eager_pages,sglang,vllm", "hardware=h200", "json=true")
+    words = ("-m", "strategy=static,paged,eager_pages,sglang,vllm", "hardware=h200", "json=true")
     code, out, _ = ask(capsys, *words)
     made = json.loads(out)
     assert (code, made["schema"], made["claims"]) == (0, 1, [])
@@ -67,6 +67,11 @@ def test_a_smaller_device_moves_the_points(capsys):
         ("strategy.version=9", "version"),
         ("context=ten", "context=ten"),
         ("nonsense", "nonsense"),
+        ("context=10M,20M", "add -m"),
+        ("strategy.mem_fraction_static=1e400", "mem_fraction_static=1e400"),
+        ("strategy.page_size=0", "strategy.page_size=0"),
+        ("context=${oc.env:HOME}", "not looked up"),
+        ("k" * 5000 + "=1", "keys of up to"),
     ],
 )
 def test_bad_input_is_one_line(capsys, word, named):

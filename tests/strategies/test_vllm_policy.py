@@ -201,3 +201,21 @@ def test_bad_flags_are_refused_in_one_line(flags):
     with pytest.raises(ValueError, match="allowed") as error:
         VLLMFlags(**flags)
     assert f"{key}={value}" in str(error.value)
+
+
+def takes(block_size, **flags):
+    try:
+        VLLMFlags(block_size=block_size, **flags)
+    except ValueError as refused:
+        assert str(refused).startswith(f"vllm block_size={block_size}: not allowed; allowed: ")
+        return False
+    return True
+
+
+def test_blocks_are_what_the_version_and_its_backends_take():
+    sizes = [0, 1, 7, 8, 15, 16, 16.0, True, 24, 32, 48, 64, 96, 128, 256, 512, 4096, 4112]
+    taken = {v: [s for s in sizes if takes(s, version=v)] for v in VERSIONS}
+    listed = [16, 32, 64, 128]
+    assert taken["0.11.0"] == listed
+    assert taken["0.19.1"] == [*listed, 256]
+    assert taken["0.23.0"] == taken["0.33.0"] == [16, 32, 48, 64, 96, 128, 256, 512, 4096]
