@@ -56,14 +56,14 @@ EXTRA = (
 ).split()
 
 # What folders of earlier versions may lack.
-ADDED_LATER = ("gpu_uuid",)
+ADDED_LATER = ("gpu_uuid", "torch_requested_bytes")
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
 TIMELINE_COLUMNS: tuple[str, ...] = tuple(
     (
         "run_id trial_id rank seconds phase allocation event_bytes event_seconds ledger_bytes "
         "torch_reserved_bytes torch_allocated_bytes nvml_used_bytes device_used_bytes "
-        "device_free_bytes resident_tokens kv_committed_bytes"
+        "device_free_bytes resident_tokens kv_committed_bytes torch_requested_bytes"
     ).split()
 )
 

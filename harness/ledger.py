@@ -2,8 +2,9 @@
 
 At each event the meters are read, not polled: the ledger's own sum, torch's, NVML's with the
 driver's, or on the host the resident bytes of the scale model's mappings. What the device holds
-and neither the ledger nor torch's cache (reserved less allocated: it takes large buffers from the
-driver in steps of 2 MiB and small ones in blocks of 20 MiB) can name is ``unexplained_bytes``.
+and neither the ledger nor torch's allocator (reserved less requested: it takes large buffers from
+the driver in steps of 2 MiB, small ones in blocks of 20 MiB, and keeps what is left of them) can
+name is ``unexplained_bytes``.
 """
 
 from __future__ import annotations
@@ -97,12 +98,12 @@ class Ledger:
 
 
 def lent_bytes(device: Device) -> int:
-    """Bytes in use on the device, without what torch keeps in its cache."""
+    """Bytes in use on the device, without what torch keeps for itself."""
     return device.used_bytes() - _cached_bytes(device.meters())
 
 
 def _cached_bytes(meters: dict[str, int]) -> int:
-    return meters.get("torch_reserved_bytes", 0) - meters.get("torch_allocated_bytes", 0)
+    return meters.get("torch_reserved_bytes", 0) - meters.get("torch_requested_bytes", 0)
 
 
 def tolerance_bytes(kind: str, chunk_bytes: int) -> int:

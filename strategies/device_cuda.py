@@ -151,6 +151,9 @@ class CudaDevice:
         readings = {
             "torch_allocated_bytes": int(cuda.memory_allocated(self.index)),
             "torch_reserved_bytes": int(cuda.memory_reserved(self.index)),
+            "torch_requested_bytes": int(
+                cuda.memory_stats(self.index).get("requested_bytes.all.current", 0)
+            ),
             "torch_peak_allocated_bytes": int(cuda.max_memory_allocated(self.index)),
             "torch_peak_reserved_bytes": int(cuda.max_memory_reserved(self.index)),
             "driver_free_bytes": self.free_bytes(),

@@ -90,15 +90,15 @@ def test_tolerance(kind, chunk, allowed):
 class Meters(HostDevice):
     """A host device that reports an allocator's cache, as torch's on CUDA."""
 
-    reserved_bytes = allocated_bytes = 0
+    reserved_bytes = requested_bytes = 0
 
     def used_bytes(self) -> int:
-        return super().used_bytes() + self.reserved_bytes - self.allocated_bytes
+        return super().used_bytes() + self.reserved_bytes - self.requested_bytes
 
     def meters(self) -> dict[str, int]:
         return {
             "torch_reserved_bytes": self.reserved_bytes,
-            "torch_allocated_bytes": self.allocated_bytes,
+            "torch_requested_bytes": self.requested_bytes,
         }
 
 
@@ -107,12 +107,12 @@ def test_what_the_allocator_keeps_in_its_cache_is_explained_and_what_it_lent_is_
     device = Meters(64 * MIB, observer=ledger)
     ledger.device = device
     device.allocate("tables", "table", 5 * MIB)
-    device.reserved_bytes, device.allocated_bytes = 6 * MIB, 5 * MIB
+    device.reserved_bytes, device.requested_bytes = 6 * MIB, 5 * MIB
     ledger.note("tables", "rounded up")
     assert ledger.unexplained_bytes == 0
     device.observer = None
     device.allocate("tables", "hidden", MIB)  # lent from the cache, to somebody else
-    device.allocated_bytes += MIB
+    device.requested_bytes += MIB
     ledger.note("workspace", "after")
     assert (ledger.unexplained_bytes, ledger.unexplained_phase) == (MIB, "workspace")
     device.close()
