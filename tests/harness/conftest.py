@@ -1,4 +1,4 @@
-"""Runs that several tests read: each takes seconds, so each is made once, two at a time."""
+"""Runs that several tests read: each takes seconds, so each is made once, beside other tests."""
 
 from __future__ import annotations
 
@@ -57,11 +57,16 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="session")
+def pytest_collection_modifyitems(items):
+    """Tests that read those runs come last: the runs are made while others are tested."""
+    items.sort(key=lambda item: not RUNS.keys().isdisjoint(item.fixturenames))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def made(request, tmp_path_factory):
     """Those of the runs that the chosen tests read, as futures."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         yield {
             name: pool.submit(run, tmp_path_factory.mktemp(name) / "runs", *words)
             for name, words in RUNS.items()

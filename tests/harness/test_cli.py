@@ -142,7 +142,7 @@ def test_timed_rows_passed_the_gate_and_carry_figures(timed):
         assert row["attention_decode_tokens_per_second"] == pytest.approx(
             row["sequences"] * 1e3 / row["attention_decode_step_ms"]
         )
-        assert row["prefill_modelled_seconds"] > 0
+        assert row["hybrid"] or row["prefill_modelled_seconds"] > 0
         assert row["kernel_variant"] and row["prefill_kernel_variant"]
 
 
@@ -160,9 +160,11 @@ def test_every_timing_is_kept_as_a_sample(timed):
     lines = [json.loads(s) for s in (timed.folder / "samples.jsonl").read_text().splitlines()]
     for row in found:
         own = [s for s in lines if s["trial_id"] == row["trial_id"]]
-        assert [s["what"] for s in own] == ["decode", "prefill", "prefill_model"]
+        # What a query behind the window would see is gone: no chunk of a hybrid is modelled.
+        modelled = [] if row["hybrid"] else ["prefill_model"]
+        assert [s["what"] for s in own] == ["decode", "prefill", *modelled]
         assert len(own[0]["ms"]) == row["decode_samples"]
-        assert len(own[2]["histories"]) == 5
+        assert all(len(s["histories"]) == 5 for s in own[2:])
 
 
 def test_local_layers_hold_their_window_only(timed):
