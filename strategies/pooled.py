@@ -122,6 +122,10 @@ class PooledStrategy(Strategy):
                 refused_bytes=refusal.refused_bytes,
             ) from refusal
 
+    def _no_room(self, free_bytes: int, why: str) -> Refused:
+        """The sizing rule leaves no room for the pool; ``why`` names its key."""
+        return Refused("pool", "kv_pool", sizing.pool_bytes(self.model, 1), free_bytes, why)
+
     def open(self, sequence: int, max_tokens: int) -> None:
         """Begin a sequence; nothing is committed.
 

@@ -87,10 +87,7 @@ class Static(PooledStrategy):
         )
         tokens = sizing.budget_tokens(self.model, nbytes)
         if tokens < 1:
-            raise Refused(
-                "pool",
-                "kv_pool",
-                sizing.pool_bytes(self.model, 1),
+            raise self._no_room(
                 max(0, nbytes),
                 f"mem_fraction={self.mem_fraction}: leaves no room for the KV pool; raise it",
             )
