@@ -1,12 +1,14 @@
-"""Runs that several tests read: each takes seconds, so each is made once, beside other tests."""
+"""Runs that several tests read, each made once, beside other tests; files for harness.explain."""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.harness.command import QUICK, run
+from tests.harness.explain_case import ONE_RANK
 
 # Three sequences in a fixed pool and in pages; a model with local layers, filled beyond its window.
 TIMED_ARMS = [
@@ -92,3 +94,27 @@ def died(made):
 @pytest.fixture(scope="session")
 def failed(made):
     return made["failed"].result()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config.json of ``explain_case.ONE_RANK``, changed as told; its path."""
+
+    def write(name="config.json", **changed):
+        path = tmp_path / name
+        path.write_text(json.dumps({**ONE_RANK, **changed}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    """Writes an engine's log; its path."""
+
+    def write(text, name="start.log"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write
