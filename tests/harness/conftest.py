@@ -40,6 +40,18 @@ RUNS = {
         "fill=1",
         "trial.max_samples=2",
     ),
+    # One model on 1 and 2 ranks that run, and on more that are planned; nothing is timed.
+    "scaled": (
+        "experiment=scaling",
+        "model=qwen3_30b_a3b",
+        "hardware=scale_model",
+        "context=1M",
+        "hardware.capacity=8GiB",
+        "model.weights_per_rank=1GiB",
+        "parallel.plan_beyond=2",
+        "fill=0",
+        "trial.timing=false",
+    ),
     # Trials that a signal, or the host's memory, ends, and one that hides an allocation.
     "died": (
         *QUICK,
@@ -84,6 +96,11 @@ def ten_million(made):
 @pytest.fixture(scope="session")
 def timed(made):
     return made["timed"].result()
+
+
+@pytest.fixture(scope="session")
+def scaled(made):
+    return made["scaled"].result()
 
 
 @pytest.fixture(scope="session")
