@@ -60,9 +60,6 @@ class EagerPages(GrowingStrategy):
             )
         return chunks
 
-    def _commit_pool(self) -> int:
-        return self._commit_all()
-
     def can_admit(self, tokens: int) -> bool:
         """Whether the free pages hold ``tokens`` tokens."""
         with self._lock:

@@ -75,8 +75,8 @@ class PooledStrategy(Strategy):
         """Chunks of address space per layer group; may raise ``Refused``."""
 
     def _commit_pool(self) -> int:
-        """Commit what is committed at start-up; returns the bytes. Nothing unless overridden."""
-        return 0
+        """Commit what is committed at start-up; returns the bytes. All unless overridden."""
+        return self._commit_all()
 
     def start(self) -> None:
         """Allocate the page tables (phase ``tables``), then the pool (phase ``pool``).

@@ -93,9 +93,6 @@ class Static(PooledStrategy):
             )
         return tokens
 
-    def _commit_pool(self) -> int:
-        return self._commit_all()
-
     def can_admit(self, tokens: int) -> bool:
         """Whether a slot that holds ``tokens`` tokens is free."""
         with self._lock:
