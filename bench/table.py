@@ -107,7 +107,8 @@ def other_table(rows: list[Row]) -> list[str]:
                 value = f"{float(row['tflop_per_s']):.0f} TFLOP/s"
             elif row["median_us"]:
                 value = f"{float(row['tb_per_s']):.2f} TB/s ({_time(float(row['median_us']))})"
-            what = " ".join(filter(None, (row["work"], row["variant"], row["timing"])))
+            kernel = row["kernel"] if row["kernel"] == "cast" else ""
+            what = " ".join(filter(None, (row["work"], row["variant"], row["timing"], kernel)))
             body.append([what, value, row["gate"], row["note"]])
     return _table(["other", "figure", "gate", ""], body)
 

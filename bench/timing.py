@@ -10,6 +10,7 @@ import torch
 
 REST_CYCLES = 200_000_000  # about a tenth of a second without work, so that the card cools
 L2_FLUSH_BYTES = 256 << 20
+TURNS = 5  # in which variants are timed one after the other
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,13 @@ def on_host(call: Callable[[], object], count: int = 3) -> Sample:
     return summarise(times)
 
 
-def _replay(call: Callable[[], object], rep_ms: float, flush: torch.Tensor | None) -> Sample:
-    estimate = _elapsed(call, None)
-    warmup = max(1, round(rep_ms / 4 / max(estimate, 1e-3)))
-    for _ in range(min(warmup, 200)):
-        call()
-    times: list[float] = []
+def _replays(estimate_us: float, rep_ms: float) -> int:
+    return min(max(10, round(rep_ms * 1e3 / max(estimate_us, 1))), 2000)
+
+
+def _timed(call: Callable[[], object], count: int, flush: torch.Tensor | None) -> list[float]:
+    """Times of ``count`` calls, in microseconds."""
     events = []
-    count = min(max(10, round(rep_ms / max(estimate, 1e-3))), 2000)
     for _ in range(count):
         if flush is not None:
             flush.zero_()
@@ -66,8 +66,15 @@ def _replay(call: Callable[[], object], rep_ms: float, flush: torch.Tensor | Non
         end.record()
         events.append((begin, end))
     torch.cuda.synchronize()
-    times = [begin.elapsed_time(end) * 1e3 for begin, end in events]
-    return summarise(times)
+    return [begin.elapsed_time(end) * 1e3 for begin, end in events]
+
+
+def _warm(call: Callable[[], object], rep_ms: float) -> int:
+    """Warm up for a quarter of the time; returns how many calls fill it."""
+    estimate = _elapsed(call, None) * 1e3
+    for _ in range(min(max(1, round(rep_ms * 1e3 / 4 / max(estimate, 1))), 200)):
+        call()
+    return _replays(estimate, rep_ms)
 
 
 def _elapsed(call: Callable[[], object], flush: torch.Tensor | None) -> float:
@@ -85,7 +92,7 @@ def by_events(call: Callable[[], object], rep_ms: float) -> Sample:
     if not torch.cuda.is_available():
         return on_host(call)
     flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    return _replay(call, rep_ms, flush)
+    return summarise(_timed(call, _warm(call, rep_ms), flush))
 
 
 def by_graph(calls: list[Callable[[], object]], rep_ms: float) -> Sample:
@@ -93,8 +100,24 @@ def by_graph(calls: list[Callable[[], object]], rep_ms: float) -> Sample:
 
     The calls read different layers, so that together they exceed the L2 cache.
     """
+    return by_graphs([calls], rep_ms)[0]
+
+
+def by_graphs(variants: list[list[Callable[[], object]]], rep_ms: float) -> list[Sample]:
+    """The same for several variants, which take turns: what drifts does so for all of them."""
     if not torch.cuda.is_available():
-        return on_host(lambda: [call() for call in calls]).per(len(calls))
+        return [on_host(lambda v=v: [call() for call in v]).per(len(v)) for v in variants]
+    graphs = [_capture(calls) for calls in variants]
+    counts = [-(-_warm(graph.replay, rep_ms) // TURNS) for graph in graphs]
+    times: list[list[float]] = [[] for _ in variants]
+    for _ in range(TURNS):
+        for graph, count, found in zip(graphs, counts, times, strict=True):
+            graph.replay()
+            found += _timed(graph.replay, count, None)
+    return [summarise(t).per(len(calls)) for t, calls in zip(times, variants, strict=True)]
+
+
+def _capture(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -102,4 +125,4 @@ def by_graph(calls: list[Callable[[], object]], rep_ms: float) -> Sample:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return _replay(graph.replay, rep_ms, None).per(len(calls))
+    return graph

@@ -13,12 +13,13 @@ from bench import gate
 from bench.data import make_view, peer_layout, queries, with_table
 from bench.peers import DECODE_SPLITS, Peers
 from bench.rows import Rows
-from bench.timing import Sample, by_graph
+from bench.timing import Sample, by_graph, by_graphs
 from kernels import ops
 from kernels.view import Geometry, View
 
 Job = tuple[float, str, Callable[[], None]]
 REP_MS = 60
+ORDERS = ("shuffled", "identity")
 MIXED = [1 << 20] + [1024 + index * 7919 % 256 * 1024 + index for index in range(63)]
 SPARE_BYTES = 14 << 30
 
@@ -46,8 +47,8 @@ def step_bytes(view: View) -> float:
     return sum(view.lengths_host) * view.geometry.token_bytes / view.geometry.layers
 
 
-def time_ours(view: View) -> tuple[Sample, gate.Verdict, str]:
-    """Check the last layer, then time all of them."""
+def step(view: View) -> tuple[list[Callable[[], object]], gate.Verdict, str]:
+    """Check the last layer; the calls of all layers, and the kernel's name."""
     g = view.geometry
     q = queries(g, view.sequences)
     plan = ops.plan_decode(view)
@@ -56,14 +57,22 @@ def time_ours(view: View) -> tuple[Sample, gate.Verdict, str]:
     ops.decode(view, g.layers - 1, q, plan, out, lse)
     verdict = gate.decode(view, g.layers - 1, q, out, lse)
     calls = [partial(ops.decode, view, layer, q, plan, out, lse) for layer in range(g.layers)]
-    return by_graph(calls, REP_MS), verdict, plan.variant
+    return calls, verdict, plan.variant
+
+
+def time_ours(view: View, orders: tuple[str, ...]) -> dict[str, tuple[Sample, gate.Verdict, str]]:
+    """Steps on a shuffled table, and on an identity table over the same memory, in turns."""
+    steps = {o: step(view if o == "shuffled" else with_table(view, False)) for o in orders}
+    samples = by_graphs([calls for calls, _, _ in steps.values()], REP_MS)
+    return {
+        order: (sample, verdict, variant)
+        for (order, (_, verdict, variant)), sample in zip(steps.items(), samples, strict=True)
+    }
 
 
 def ours(rows: Rows, work: str, view: View, target: object = "", orders: int = 2) -> None:
-    """Our kernel on a shuffled table, and on an identity table over the same memory."""
-    for order in ("shuffled", "identity")[:orders]:
-        here = view if order == "shuffled" else with_table(view, False)
-        sample, verdict, variant = time_ours(here)
+    """Our kernel on both tables."""
+    for order, (sample, verdict, variant) in time_ours(view, ORDERS[:orders]).items():
         rows.add(sample, verdict, step_bytes(view), **fields(view, work), kernel="ours",
                  variant=variant, table_order=order, target=target)  # fmt: skip
 
@@ -123,9 +132,7 @@ def whole_step(rows: Rows, context: int, layers: int) -> None:
         layers = int((free - SPARE_BYTES) // (context * g.token_bytes))
     view = make_view([context], Geometry(layers, 1, 5, 128))
     note = f"{view.arena.numel() / 2**30:.1f} GiB of K/V"
-    for order in ("shuffled", "identity"):
-        here = view if order == "shuffled" else with_table(view, False)
-        sample, verdict, variant = time_ours(here)
+    for order, (sample, verdict, variant) in time_ours(view, ORDERS).items():
         whole = Sample(sample.median_us * layers, sample.iqr_us * layers, sample.count)
         rows.add(whole, verdict, step_bytes(view) * layers, kernel="ours", variant=variant,
                  table_order=order, target=4.4, note=note,

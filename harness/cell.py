@@ -11,8 +11,6 @@ from typing import Any
 from harness.ranks import share_tokens
 from harness.settings import Settings, from_json, to_json
 
-PURPOSES = ("point", "bracket", "resident")
-
 
 @dataclass(frozen=True)
 class Cell:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from harness import check_numbers, check_rules
+from harness import check_numbers, check_origin, check_rules
+from harness.arguments import OneLineParser
 from harness.check_rules import Result
-from harness.runs import Run, RunError, load_run
+from harness.runs import Run, load_runs
 from harness.tabular import Table
 
 CHECKS: dict[str, Callable[[Run], Result]] = {
@@ -20,7 +20,9 @@ CHECKS: dict[str, Callable[[Run], Result]] = {
     "repeatability": check_numbers.repeatability,
     "brackets": check_numbers.brackets,
     "samples": check_numbers.samples,
-    "tree": check_rules.tree,
+    "tree": check_origin.tree,
+    "identity": check_origin.identity,
+    "one gpu": check_origin.one_gpu,
     "speeds": check_rules.speeds,
     "gate": check_rules.gate,
     "planner": check_numbers.planner,
@@ -50,24 +52,25 @@ def check_table(run: Run, results: dict[str, Result] | None = None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the checks of each run; 0 when none failed, 1 when one did, 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    """Print each run's checks; 0 when none failed, 1 when one did, 2 for a folder that is none."""
+    parser = OneLineParser(
         prog="python -m harness.check",
         description="Check run folders: small named checks, each pass, fail or n.a., and why.",
-        epilog="Exit status: 0 no check failed, 1 a check failed, 2 a folder cannot be read.",
+        epilog="Exit status: 0 no check failed, 1 a check failed, 2 a folder is no run (the "
+        "others are checked all the same).",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     options = parser.parse_args(arguments)
-    try:
-        runs = [load_run(folder) for folder in options.runs]
-    except RunError as error:
-        print(f"harness.check: {error}", file=sys.stderr)
-        return 2
+    runs, faults = load_runs(options.runs)
     failures = 0
     for run in runs:
         results = check_run(run)
         failures += sum(r.outcome == "fail" for r in results.values())
         print(check_table(run, results))
+    for fault in faults:
+        print(f"harness.check: {fault}", file=sys.stderr)
+    if faults:
+        return 2
     return 1 if failures else 0
 
 

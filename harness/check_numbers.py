@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+import pandas as pd
+
 from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
 from harness.columns import COLUMNS
 from harness.runs import Run, RunError, lookup, trials
 from harness.series import is_scale_model
 from harness.tabular import known, tokens
 
+TIMES = ("attention_decode_step_ms", "attention_prefill_chunk_ms")
 REPEATABILITY = 0.02
 PLANNER_TOLERANCE = 0.01
 BRACKET_WIDTH = 0.001
@@ -37,17 +40,18 @@ def repeatability(run: Run) -> Result:
     rows = rows[rows["status"] == "ok"]
     columns = (*COLUMNS[: COLUMNS.index("status")], *ALSO_OF_A_CELL)
     keys = [c for c in dict.fromkeys(columns) if c not in NOT_OF_A_CELL]
-    faults, compared, worst = [], 0, 0.0
+    faults, compared, timed, worst = [], 0, 0, 0.0
     for _, group in rows.groupby(keys, dropna=False):
         if len(group) < 2:
             continue
         compared += 1
         peaks = group["peak_device_bytes"]
-        if peaks.max() - peaks.min() > max(group["chunk_bytes"].max(), 0):
+        if peaks.max() - peaks.min() > grain_bytes(group).max():
             faults.append(f"peak memory differs by more than a chunk: {named(group)}")
+        timed += (group[list(TIMES)].count() > 1).any()
         if is_scale_model(group):
             continue
-        for column in ("attention_decode_step_ms", "attention_prefill_chunk_ms"):
+        for column in TIMES:
             values = group[column].dropna()
             if len(values) > 1:
                 spread = (values.max() - values.min()) / values.median()
@@ -58,8 +62,17 @@ def repeatability(run: Run) -> Result:
         return failed("; ".join(faults[:3]))
     if not compared:
         return not_applicable("no cell ran twice and ok")
-    scaled = " (speeds of a scale model are not judged)" if is_scale_model(rows) else ""
-    return passed(f"{compared} cells ran again, speeds within {100 * worst:.2f} %{scaled}")
+    memory = f"peak memory of {compared} cells that ran again is within a chunk"
+    if not timed:
+        return not_applicable(f"no timed cell ran twice; {memory}")
+    if is_scale_model(rows):
+        return passed(f"{memory}; speeds of a scale model are not judged")
+    return passed(f"{timed} timed cells ran again, speeds within {100 * worst:.2f} %; {memory}")
+
+
+def grain_bytes(rows: pd.DataFrame) -> pd.Series:
+    """Return what memory and brackets may be off by: a chunk, without one the row's tolerance."""
+    return rows["chunk_bytes"].fillna(rows["tolerance_bytes"]).fillna(0)
 
 
 def brackets(run: Run) -> Result:
@@ -79,7 +92,7 @@ def brackets(run: Run) -> Result:
                 times = int((own["context_tokens"] == end).sum())
                 if times < 2:
                     faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
-            chunk = (own["chunk_bytes"] / own["kv_bytes_per_token"]).max()
+            chunk = (grain_bytes(own) / own["kv_bytes_per_token"]).max()
             width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
             if bad - ok > width:
                 faults.append(f"{name} {point}: {tokens(ok)} to {tokens(bad)} is not closed")

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
+from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS
 from harness.runs import Run, dicts, lookup
 from harness.sizes import MIB
 from harness.summary import arms
@@ -28,6 +29,7 @@ MANIFEST_KEYS = [
     "gpus",
     "environment",
     "seeds",
+    "attempts",
 ]
 # NVML's clock event reasons that make timings doubtful: slowdowns by heat or by hardware. A power
 # cap (0x4) is a GPU's normal state under load and is only named.
@@ -38,6 +40,11 @@ SLOWDOWNS = {
     0x80: "power brake",
 }
 POWER_CAP = 0x4
+GATE_LIMITS = {
+    "gate_error": MAX_RELATIVE_RMS,
+    "merged_gate_error": MAX_RELATIVE_RMS,  # only where several ranks merge their outputs
+    "gate_lse_error": MAX_LSE_ERROR,
+}
 
 
 @dataclass(frozen=True)
@@ -168,16 +175,6 @@ def throttling(run: Run) -> Result:
     return passed(f"{len(readings)} readings without a slowdown{note}")
 
 
-def tree(run: Run) -> Result:
-    """Check that the code that ran is a commit, without local changes."""
-    dirty: Any = lookup(run.manifest, "git", "dirty")
-    if not isinstance(dirty, bool):
-        return not_applicable("no commit in the manifest")
-    if dirty:
-        return failed("uncommitted changes; the manifest holds their hash")
-    return passed(f"commit {str(lookup(run.manifest, 'git', 'commit', default=''))[:12]}, clean")
-
-
 def speeds(run: Run) -> Result:
     """Check that only rows that are ok carry a speed."""
     columns = sorted(PERFORMANCE)
@@ -193,7 +190,12 @@ def gate(run: Run) -> Result:
     timed = run.rows[(run.rows["status"] == "ok") & run.rows[times].notna().any(axis=1)]
     if timed.empty:
         return not_applicable("no timed row")
-    bad = timed[timed["gate_error"].isna()]
+    bad = timed[timed["gate_error"].isna() | timed["gate_lse_error"].isna()]
     if not bad.empty:
         return failed(f"{len(bad)} timed rows without a gate: {named(bad)}")
-    return passed(f"{len(timed)} timed rows, largest gate error {timed['gate_error'].max():.3g}")
+    for column, allowed in GATE_LIMITS.items():
+        bad = timed[timed[column].notna() & ~(timed[column].abs() < allowed)]
+        if not bad.empty:
+            return failed(f"{column} at or beyond {allowed} in {len(bad)} rows: {named(bad)}")
+    rms, lse = (timed[c].abs().max() for c in ("gate_error", "gate_lse_error"))
+    return passed(f"{len(timed)} timed rows, largest relative RMS {rms:.3g}, largest LSE {lse:.3g}")

@@ -60,13 +60,13 @@ def _pool_bytes(row: Row) -> int:
 
 
 def _short_and_long(rows: list[Row]) -> list[tuple[Row, Row]]:
-    """A start at a short context and one at 10M of each model, where both say how large a pool."""
+    """Every start at a short context beside every one at 10M, where both say how large a pool."""
     pairs = []
     for model in sorted({str(r["model"]) for r in rows}):
         own = [r for r in rows if r["model"] == model and _pool_bytes(r)]
         short = [r for r in own if r["context_tokens"] == SHORT_CONTEXT]
         long = [r for r in own if r["context_tokens"] == MILLIONS_10]
-        pairs += [(s, t) for s in short[:1] for t in long[:1]]
+        pairs += [(s, t) for s in short for t in long]
     return pairs
 
 
@@ -105,20 +105,25 @@ def vllm_preallocates(evidence: Evidence) -> Verdict:
     rows = next((kind for kind in _kinds(empty) if kind), [])
     if not rows:
         return undecided(RUN)
+    eager = [r for r in rows if _holds_its_pool(r)]
     least = min(rows, key=lambda r: gib_of(r, "kv_committed_bytes"))
     pool, held = gib_of(least, "kv_committed_bytes"), gib_of(least, "peak_device_bytes")
-    weights = gib_of(least, "weights_bytes")
-    if held - weights > SMALL_REST_GIB and pool > held / 2:
-        return Verdict(
-            REFUTED,
+    if len(eager) == len(rows):
+        verdict = REFUTED
+        text = (
             f"the whole pool ({pool:.1f} GiB at the least) is allocated and zeroed at start-up; on "
-            "demand is only which block belongs to which request",
-            tuple(rows),
-            round(held, 2),
+            "demand is only which block belongs to which request"
         )
-    return Verdict(
-        SUPPORTED, "little more than weights is held at ready", tuple(rows), round(held, 2)
-    )
+    elif eager:
+        verdict, text = CONDITIONAL, f"{len(eager)} of {len(rows)} starts hold their whole pool"
+    else:
+        verdict, text = SUPPORTED, "little more than weights is held at ready"
+    return Verdict(verdict, text, tuple(rows), round(held, 2))
+
+
+def _holds_its_pool(row: Row) -> bool:
+    held, pool = gib_of(row, "peak_device_bytes"), gib_of(row, "kv_committed_bytes")
+    return held - gib_of(row, "weights_bytes") > SMALL_REST_GIB and pool > held / 2
 
 
 def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
@@ -167,11 +172,13 @@ def graphs_off(evidence: Evidence) -> Verdict:
     low, high = min(saved.values()), max(saved.values())
     inside = [what for what, g in saved.items() if 4 <= g * 1.0737 <= 10]
     verdict = SUPPORTED if len(inside) == len(saved) else CONDITIONAL if inside else REFUTED
-    text = (
-        f"{low:.2f} to {high:.2f} GiB, by context and graph batch size; where 10M fails, turning "
-        "graphs off does not make it start"
-        if not _off_starts_more(evidence)
-        else f"{low:.2f} to {high:.2f} GiB; turning graphs off makes one more context start"
+    text = f"{low:.2f} to {high:.2f} GiB, by context and graph batch size"
+    if inside:
+        text += f"; 4 to 10 GB for {'; '.join(inside)}"
+    text += (
+        "; turning graphs off makes one more context start"
+        if _off_starts_more(evidence)
+        else "; where 10M fails, turning graphs off does not make it start"
     )
     return Verdict(verdict, text, tuple(used), round(high, 2))
 
@@ -262,11 +269,15 @@ def choose_vllm(evidence: Evidence) -> Verdict:
     rows = tuple(r for v in parts.values() for r in v.rows)
     if parts["C9"].verdict == SUPPORTED and parts["C10"].verdict == SUPPORTED:
         return Verdict(SUPPORTED, "its allocation is dynamic and SGLang's is not", rows)
-    decides = "the K/V bytes a token and the running requests decide"
+    if parts["C11"].verdict == REFUTED:
+        return Verdict(REFUTED, "vLLM does not start at 10M in any configuration", rows)
+    said = []
+    if parts["C10"].verdict == REFUTED:
+        said.append("not for its allocation: it allocates its whole pool at start-up")
+    if parts["C9"].verdict == REFUTED:
+        said.append("SGLang's pool does not depend on the context either")
     if parts["C18"].verdict == SUPPORTED:
-        decides += ": with 16 of them SGLang starts at 10M too"
-    return Verdict(
-        CONDITIONAL,
-        f"not for its allocation: both engines allocate their pool at start-up; {decides}",
-        rows,
-    )
+        said.append("with 16 running requests SGLang starts at 10M too")
+    if parts["C11"].verdict == CONDITIONAL:
+        said.append("whether vLLM starts is decided by the K/V bytes a token")
+    return Verdict(CONDITIONAL, "; ".join(said), rows)

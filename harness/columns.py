@@ -50,8 +50,13 @@ EXTRA = (
     "arm trace_file trace_requests trace_input_tokens trace_output_tokens prefix_hashes "
     "prefix_hashes_repeated workload_steps admission_limited_share peak_sequences "
     "refused_while_free largest_admissible_tokens admissible_of_free admissible_of_free_min "
-    "kv_end_committed_bytes pinned_host_bytes decode_while_growing_ms"
+    "kv_end_committed_bytes pinned_host_bytes decode_while_growing_ms "
+    # The GPU that the trial ran on, as NVML writes its UUID; empty on the scale model.
+    "gpu_uuid"
 ).split()
+
+# What folders of earlier versions may lack.
+ADDED_LATER = ("gpu_uuid",)
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
 TIMELINE_COLUMNS: tuple[str, ...] = tuple(
@@ -83,7 +88,7 @@ _TEXT = frozenset(
         "slot_policy status signal oom_phase oom_allocation oom_source resident_limited_by "
         "purpose strategy_options growth release kv_scales prefill_kernel_variant "
         "predicted_status read_weights predicted_off_by unexplained_phase fault error "
-        "started_utc phase allocation admitted parallel arm trace_file"
+        "started_utc phase allocation admitted parallel arm trace_file gpu_uuid"
     ).split()
 )
 

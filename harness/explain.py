@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from harness.arguments import OneLineParser
 from harness.explain_formula import request_table_answer
 from harness.explain_launch import Launch, parse_command
 from harness.explain_log import LogFacts, read_log
@@ -30,7 +31,7 @@ ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m harness.explain",
         description="Why an engine does not start: what failed, what ate the memory, what helps.",
         epilog="Logs and configs are read as data: nothing in them is executed.",

@@ -45,7 +45,6 @@ _FLAGS = {"sglang": _SGLANG, "vllm": _VLLM}
 _CONTEXT = ("context_length", "max_model_len")
 _TP = ("tp", "tp_size", "tensor_parallel_size")
 _OTHER_RANKS = ("pp_size", "dp_size", "pipeline_parallel_size", "data_parallel_size")
-_SWITCHES = {"enforce_eager": True, "disable_cuda_graph": True}
 
 
 @dataclass

@@ -11,7 +11,6 @@ from harness.ledger import Ledger
 from harness.synthetic import Content
 from harness.workspace import BANK_TOKENS
 from strategies.errors import OutOfMemory, Refused
-from strategies.model import KVModel
 from strategies.strategy import Strategy
 
 STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
@@ -32,10 +31,12 @@ class Filler:
     ----------
     contents : sequence of Content, or None
         None touches pages without writing tokens (bracket trials).
+    grain_tokens : int
+        The smallest step: what the strategy hands out at once.
     """
 
     strategy: Strategy
-    model: KVModel
+    grain_tokens: int
     ledger: Ledger
     contents: Sequence[Content] | None
     check: Callable[[int], None] = lambda tokens: None  # may end the fill: another rank failed
@@ -49,23 +50,23 @@ class Filler:
         Raises
         ------
         OutOfMemory, Refused
-            With as many pages resident as fit: a refused step is halved down to one page.
+            With as much resident as fits: a refused step is halved down to one grain.
         """
         began = time.perf_counter()
         step = STEP_TOKENS
-        page = min(g.geometry.page_tokens for g in self.model.groups)
+        grain = self.grain_tokens
         report_every = max(BANK_TOKENS, target_tokens // EVENTS_PER_FILL)
         written = reported = self.strategy.resident_tokens(sequence)
         try:
             while (at := self.strategy.resident_tokens(sequence)) < target_tokens:
                 self.check(self.ledger.resident_tokens)
-                want = min(step - at % page, target_tokens - at)
+                want = min(step - at % grain, target_tokens - at)
                 try:
                     self._extend(sequence, want)
                 except (OutOfMemory, Refused):
-                    if step <= page:
+                    if step <= grain:
                         raise
-                    step = max(page, step // 2)
+                    step = max(grain, step // 2)
                     continue
                 at += want
                 if at - written >= BANK_TOKENS or at >= target_tokens:

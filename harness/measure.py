@@ -98,7 +98,8 @@ def measure(
     # Behind a window the pages are gone, and with them what earlier queries would see.
     first = max(view.starts[0] for view in strategy.batch([sequences[-1]]))
     chunk = min(settings.trial.prefill_chunk_tokens, tokens - first)
-    prefill = watch.prefill(sequences[-1], tokens - chunk, chunk)
+    # The gate ran the same chunk: nothing is left to warm up.
+    prefill = watch.prefill(sequences[-1], tokens - chunk, chunk, warm=True)
     note("prefill", _raw(prefill) | {"history_tokens": tokens - chunk, "chunk_tokens": chunk})
     row |= _prefill_columns(strategy, sequences[-1], tokens, chunk, prefill)
     if cell.histories and first == 0 and tokens > 4 * chunk:

@@ -11,34 +11,42 @@ from matplotlib.figure import Figure
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
-from harness.plots_costs import (
-    figure_granularity,
-    figure_precision,
-    figure_remedies,
-)
+from harness.plots_churn import figure_churn, figure_fragmentation
 from harness.plots_engines import figure_mem_fraction, figure_root_cause
+from harness.plots_granularity import figure_granularity
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases
+from harness.plots_precision import figure_precision
 from harness.plots_real import drawable, figure_real_engines
+from harness.plots_remedies import figure_remedies
 from harness.plots_scaling import figure_capacity_over_ranks
-from harness.plots_sharing import figure_fragmentation, figure_waste
+from harness.plots_sharing import figure_waste
 from harness.plots_throughput import figure_throughput
 from harness.runs import Run, frame
 
 FIGURES_FOLDER = "figures"
 ENGINES = ("sglang", "vllm")
 RATES = ("attention_decode_tokens_per_second", "attention_prefill_tokens_per_second")
-# Experiments whose rows only their own figure shows.
-OWN_FIGURES = (
+# Experiments that ask a question of their own: only the figures that answer it show their rows. Any
+# other one sweeps contexts, and gets the figures of a sweep.
+QUESTIONS = {
+    "claims": ("root_cause", "mem_fraction"),
+    "root_cause": ("root_cause",),
+    "real_engines": ("real_engines",),
+    "mem_fraction": ("mem_fraction",),
+    "waste": ("waste",),
+    "fragmentation": ("fragmentation", "churn"),
+    "granularity": ("granularity",),
+    "precision": ("precision",),
+    "remedies": ("remedies",),
+    "scaling": ("capacity_over_ranks",),
+}
+OF_A_SWEEP = (
     "root_cause",
-    "real_engines",
+    "memory_against_context",
+    "memory_over_phases",
+    "throughput",
     "mem_fraction",
-    "waste",
-    "fragmentation",
-    "granularity",
-    "precision",
-    "remedies",
-    "scaling",
 )
 TITLES = {
     "memory_against_context": "Memory against configured context",
@@ -48,7 +56,8 @@ TITLES = {
     "root_cause": "What the engines ask for at start-up",
     "mem_fraction": "A lower memory fraction",
     "waste": "Where KV memory goes, and sequences admitted",
-    "fragmentation": "Committed and live memory over churn",
+    "fragmentation": "What churn loses, and what it costs",
+    "churn": "Committed and live memory over churn",
     "granularity": "Page, block and chunk size",
     "precision": "FP8 against BF16",
     "remedies": "How far each remedy moves the OOM points, and its price",
@@ -87,6 +96,8 @@ def draw_run(
 ) -> list[Path]:
     """Write every figure that these rows can make as PNG and SVG into ``folder/figures``.
 
+    A figure of ours that lies there and that they cannot make is removed.
+
     Returns
     -------
     list of Path
@@ -95,7 +106,18 @@ def draw_run(
     out: list[Path] = []
     for name, figure in figures(rows, timeline, summary).items():
         out += style.save(figure, Path(folder) / FIGURES_FOLDER, name)
+    _remove_others(Path(folder) / FIGURES_FOLDER, out)
     return out
+
+
+def _remove_others(folder: Path, drawn: list[Path]) -> None:
+    """Remove what an earlier version drew of these rows; nothing through a link."""
+    if folder.is_symlink() or not drawn:
+        return
+    for name in TITLES:
+        for path in (folder / f"{name}.{kind}" for kind in ("png", "svg")):
+            if path not in drawn and path.is_file() and not path.is_symlink():
+                path.unlink()
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
@@ -108,38 +130,36 @@ def _plan(
 ) -> list[tuple[str, bool, Callable[[], Figure]]]:
     """Return each figure's name, whether the rows can make it, and how."""
 
-    def of(*names: str) -> pd.DataFrame:
-        return rows[rows["experiment"].isin(names)]
+    def of(figure: str) -> pd.DataFrame:
+        wanted = [figure in QUESTIONS.get(name, OF_A_SWEEP) for name in rows["experiment"]]
+        return rows[pd.Series(wanted, index=rows.index, dtype=bool)]
 
     def have(part: pd.DataFrame, *columns: str) -> bool:
         return not part.empty and bool(part[list(columns)].notna().any(axis=None))
 
     beside = of("real_engines")
     real = drawable(beside) if not beside.empty else beside
-    engine = rows["strategy"].isin(ENGINES) & ~rows["experiment"].eq("real_engines")
-    own_question = rows["experiment"].isin(OWN_FIGURES)
-    whole = rows["mem_fraction"].isna() | rows["mem_fraction"].eq(1)
-    # Start-up at few contexts and many fractions or flags is no curve of memory against context.
-    curves = rows[
-        ~own_question
-        & ((~rows["strategy"].isin(ENGINES) & whole) | ~rows["experiment"].eq("claims"))
-    ]
-    fractions = rows[rows["strategy"].eq("static") & rows["mem_fraction"].notna()]
+    engines = of("root_cause")
+    engines = engines[engines["strategy"].isin(ENGINES)]
+    fractions = of("mem_fraction")
+    fractions = fractions[fractions["strategy"].eq("static") & fractions["mem_fraction"].notna()]
     asked = fractions.groupby(["model", "context_tokens"])["mem_fraction"].transform("nunique")
     fractions = fractions[asked > 1]
-    waste, churn, precision = of("waste"), of("fragmentation"), of("precision")
-    scaled = of("scaling")
+    curves, speeds = of("memory_against_context"), of("throughput")
+    waste, churn, grains = of("waste"), of("fragmentation"), of("granularity")
+    precision, remedies, scaled = of("precision"), of("remedies"), of("capacity_over_ranks")
     return [
         ("real_engines", not real.empty, lambda: figure_real_engines(beside, events)),
-        ("root_cause", bool(engine.any()), lambda: figure_root_cause(rows[engine], events)),
+        ("root_cause", not engines.empty, lambda: figure_root_cause(engines, events)),
         ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),
         ("memory_over_phases", not curves.empty, lambda: figure_phases(curves, events)),
-        ("throughput", have(rows[~own_question], *RATES), lambda: figure_throughput(rows)),
+        ("throughput", have(speeds, *RATES), lambda: figure_throughput(speeds)),
         ("mem_fraction", not fractions.empty, lambda: figure_mem_fraction(fractions)),
         ("waste", have(waste, "live_share"), lambda: figure_waste(waste)),
-        ("fragmentation", not churn.empty, lambda: figure_fragmentation(churn, events)),
-        ("granularity", not of("granularity").empty, lambda: figure_granularity(of("granularity"))),
+        ("fragmentation", not churn.empty, lambda: figure_fragmentation(churn)),
+        ("churn", not churn.empty, lambda: figure_churn(churn, events)),
+        ("granularity", not grains.empty, lambda: figure_granularity(grains)),
         ("precision", not precision.empty, lambda: figure_precision(precision)),
-        ("remedies", not of("remedies").empty, lambda: figure_remedies(summary)),
+        ("remedies", not remedies.empty, lambda: figure_remedies(remedies, summary)),
         ("capacity_over_ranks", not scaled.empty, lambda: figure_capacity_over_ranks(scaled)),
     ]

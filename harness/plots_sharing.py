@@ -1,19 +1,16 @@
-"""Where KV memory goes when many sequences share it, and what churn leaves behind."""
+"""Where KV memory goes when many sequences share it."""
 
 from __future__ import annotations
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from harness import style
-from harness.columns import TIMELINE_COLUMNS
 from harness.plots_memory import SCALE_TEXT
-from harness.runs import frame, trials
-from harness.series import is_scale_model, scale, series
-from harness.sizes import GIB
+from harness.runs import trials
+from harness.series import is_scale_model, series
 from harness.tabular import known
 
 SHARES = {
@@ -46,7 +43,7 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     matplotlib.figure.Figure
     """
     own = trials(rows)
-    ours = [(s.label, s.rows) for s in series(own)]
+    ours = [(s.spoken_label, s.rows) for s in series(own)]
     heights = [len(ours) + 0.8, len(PAPER) + 0.8, len(ours) + 0.8]
     figure = style.new_figure(1.5 + 0.17 * sum(heights), 3, gridspec_kw={"height_ratios": heights})
     shares = [[part[c].dropna().median() for c in SHARES] for _, part in ours]
@@ -109,50 +106,3 @@ def _label_bars(axes: Axes, labels: list[str]) -> None:
     axes.set_yticks(range(len(labels)), [style.plain(x) for x in labels], fontsize=6.5)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-
-
-@style.styled
-def figure_fragmentation(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
-    """Draw committed and live KV bytes over churn.
-
-    Parameters
-    ----------
-    rows : pandas.DataFrame
-    timeline : pandas.DataFrame
-        Ledger events of the trials: committed bytes, and resident tokens (times the bytes of a
-        token: live bytes).
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A panel a strategy and configuration.
-    """
-    own, events = trials(rows), frame(timeline, TIMELINE_COLUMNS)
-    curves = series(own)
-    figure = style.new_figure(0.7 + 1.15 * len(curves), len(curves), sharex=True, sharey=True)
-    for axes, one in zip(figure.axes, curves, strict=True):
-        colour, _ = style.look(one.strategy)
-        drawn = False
-        for (_, row), factor in zip(one.rows.iterrows(), scale(one.rows) / GIB, strict=True):
-            mine = events[events["trial_id"] == row["trial_id"]]
-            mine = mine[mine["kv_committed_bytes"].notna()].sort_values("seconds")
-            if mine.empty:
-                continue
-            drawn = True
-            live = mine["resident_tokens"].fillna(0) * row["kv_bytes_per_token"] * factor
-            axes.step(mine["seconds"], mine["kv_committed_bytes"] * factor, color=colour)
-            axes.step(mine["seconds"], live, color=style.BLACK, linewidth=0.8, linestyle=":")
-        if not drawn:
-            axes.text(0.5, 0.5, "no ledger events", transform=axes.transAxes, ha="center")
-        axes.set_title(style.plain(one.label), loc="left")
-        axes.set_ylabel("KV, GiB")
-    figure.axes[-1].set_xlabel("seconds of churn")
-    handles = [
-        Line2D([], [], color=style.DARK, label="committed"),
-        Line2D(
-            [], [], color=style.BLACK, linewidth=0.8, linestyle=":", label="live (holds tokens)"
-        ),
-    ]
-    style.legend(figure, handles)
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
-    return figure

@@ -68,16 +68,17 @@ def manifest(
             k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT_PREFIXES)
         },
         "seeds": sorted({s.seed for s in settings}),
-        "attempts": [attempt()],
+        "attempts": [attempt(settings)],
     }
 
 
-def attempt() -> dict[str, Any]:
-    """One start of a run: a resumed one has several, perhaps of several commits."""
+def attempt(settings: list[Settings]) -> dict[str, Any]:
+    """One start of a run: a resumed one has several, perhaps of several commits or GPUs."""
     return {
         "started_utc": now_utc(),
         "pid": os.getpid(),
         "commit": git_state().get("commit", ""),
+        "gpu_uuids": sorted({s.hardware.uuid for s in settings if s.hardware.uuid}),
     }
 
 

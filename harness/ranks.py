@@ -81,12 +81,6 @@ def all_tokens(local_tokens: int, page_tokens: int, context_ranks: int) -> int:
     return pages * page_tokens * context_ranks + rest
 
 
-def global_position(local: int, page_tokens: int, context_ranks: int, index: int) -> int:
-    """Position in the sequence of a rank's own token ``local``."""
-    page, within = divmod(local, page_tokens)
-    return (page * context_ranks + index) * page_tokens + within
-
-
 @dataclass(frozen=True)
 class Launched:
     """What a launcher (``torchrun``, ``srun``) says about this process."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 import pandas as pd
 
 from harness import tables
+from harness.arguments import OneLineParser
 from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
-from harness.runs import Run, RunError, clean, dicts, frame, load_run, lookup, write_file
+from harness.remedies import remedies_table
+from harness.runs import Run, RunError, clean, dicts, frame, load_runs, lookup, write_file
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, markdown_text
 
@@ -64,6 +65,7 @@ def title(folder: Path, manifest: dict[str, Any]) -> str:
 def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     """Return the tables of a report that have a line; the last one is of every trial."""
     found = [
+        remedies_table(rows, summary),
         tables.oom_points(summary),
         tables.verdicts(summary),
         *engine_tables(summary),
@@ -170,23 +172,27 @@ def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report of the given runs; 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    """Write the report of those folders that are runs; 0, or 2 when one is none."""
+    parser = OneLineParser(
         prog="python -m harness.report",
         description="Write report.md, report.html (self-contained), *.tex (booktabs tables, a "
         "macro for each headline number) and a BibTeX entry into the first run's folder.",
-        epilog="Exit status: 0, or 2 for bad input.",
+        epilog="Exit status: 0, or 2 when a folder is no run (the report is of the others).",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument("--keep-figures", action="store_true", help="do not draw figures anew")
     options = parser.parse_args(arguments)
+    runs, faults = load_runs(options.runs)
+    paths: list[Path] = []
     try:
-        paths = write_report([load_run(r) for r in options.runs], not options.keep_figures)
+        paths = write_report(runs, not options.keep_figures) if runs else []
     except RunError as error:
-        print(f"harness.report: {error}", file=sys.stderr)
-        return 2
-    print("\n".join(map(str, paths)))
-    return 0
+        faults.append(str(error))
+    for path in paths:
+        print(path)
+    for fault in faults:
+        print(f"harness.report: {fault}", file=sys.stderr)
+    return 2 if faults else 0
 
 
 if __name__ == "__main__":

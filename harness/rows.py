@@ -7,8 +7,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from harness.cell import Cell
+from harness.planner_engines import ENGINES
 
 Row = dict[str, Any]
+# Of our arena, layout and kernels: no engine has them, nor does its emulation use them.
+NOT_OF_ENGINES = ("page_tokens", "chunk_bytes", "arena", "layout", "table_order", "kv_scales")
 
 
 def identity(cell: Cell, extra: Row) -> Row:
@@ -22,7 +25,7 @@ def identity(cell: Cell, extra: Row) -> Row:
     s = cell.settings
     model = s.kv_model()
     options = s.options
-    return {
+    row = {
         "trial_id": cell.trial_id,
         "pair_id": cell.pair_id,
         "strategy": s.strategy,
@@ -45,7 +48,7 @@ def identity(cell: Cell, extra: Row) -> Row:
         "sequences": s.sequences,
         "kv_dtype": s.model.kv_dtype,
         "page_tokens": s.trial.page_tokens,
-        "block_tokens": options.get("block_size") or options.get("page_size"),
+        "block_tokens": None,
         "chunk_bytes": max(g.chunk_bytes for g in model.groups),
         "arena": ("mmap" if s.on_host else "mapped") if s.trial.arena == "auto" else s.trial.arena,
         "layout": "page_major",
@@ -64,4 +67,10 @@ def identity(cell: Cell, extra: Row) -> Row:
         "arm": s.arm or None,
         "fault": None if s.fault["kind"] == "none" else "{kind} in {phase}".format_map(s.fault),
         "started_utc": datetime.now(UTC).isoformat(timespec="seconds"),
-    } | extra
+        # A rank's own GPU is known only to itself.
+        "gpu_uuid": s.hardware.uuid or None if s.parallel.processes == 1 else None,
+    }
+    if s.strategy in ENGINES:
+        row |= dict.fromkeys(NOT_OF_ENGINES)
+        row["block_tokens"] = s.grain_tokens
+    return row | extra

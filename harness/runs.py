@@ -19,13 +19,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.columns import COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
+from harness.columns import ADDED_LATER, COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
 from harness.csv_table import parse_lines, whole_lines
 
 MAX_FILE_BYTES = 512 << 20
 SCHEMA = 1
 _ALL_COLUMNS = frozenset((*COLUMNS, *TIMELINE_COLUMNS))
 REQUIRED_COLUMNS = ("strategy", "context_tokens", "status")
+
+
+RUN_FILES = "trials.csv, timeline.csv, samples.jsonl, summary.json, manifest.json, config.yaml"
 
 
 class RunError(ValueError):
@@ -79,6 +82,8 @@ def load_run(folder: str | Path) -> Run:
         When there is no such folder, or it holds no readable run.
     """
     path = find_folder(folder)
+    if not os.path.lexists(path / "trials.csv"):
+        raise RunError(f"{clean(folder)}: no trials.csv; a run's folder holds {RUN_FILES}")
     notes: list[str] = []
     rows = _table(path, "trials.csv", COLUMNS, notes)
     if rows.empty:
@@ -93,6 +98,18 @@ def load_run(folder: str | Path) -> Run:
     return Run(
         path, frame(rows), frame(timeline, TIMELINE_COLUMNS), summary, manifest, tuple(notes)
     )
+
+
+def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
+    """Read the folders that are runs; of each other one, a line that says why it is none."""
+    found: list[Run] = []
+    faults: list[str] = []
+    for folder in folders:
+        try:
+            found.append(load_run(folder))
+        except RunError as error:
+            faults.append(str(error))
+    return found, faults
 
 
 def find_folder(folder: str | Path) -> Path:
@@ -233,7 +250,7 @@ def _table(folder: Path, name: str, columns: tuple[str, ...], notes: list[str]) 
         raise RunError(f"{where}: not a table ({longest} fields under {len(header)} columns)")
     padded = [line + [""] * (len(header) - len(line)) for line in lines]
     out = pd.DataFrame(padded, columns=header, dtype=object)
-    absent = [c for c in columns if c not in header]
+    absent = [c for c in columns if c not in header and c not in ADDED_LATER]
     if absent:
         notes.append(f"{name}: no column {', '.join(absent)}")
     unknown = [clean(c) for c in header if c not in columns]

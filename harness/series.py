@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import pandas as pd
 
 from harness.columns import COLUMNS
+from harness.rows import NOT_OF_ENGINES
 from harness.runs import clean, frame, trials
+from harness.sizes import MIB
 from harness.tabular import tokens
 
 # What may tell two curves of one strategy apart, in the order in which it is named.
@@ -42,8 +44,6 @@ VARIATIONS = (
     "parallel",
     "context_ranks",
 )
-# Of our arena, layout and kernels: no engine has them, and its emulation does not use them.
-NOT_OF_ENGINES = ("chunk_bytes", "arena", "layout", "table_order")
 NAMED_BY_VALUE = (
     "strategy",
     "model",
@@ -59,6 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
+ACRONYMS = ("kv", "fp8", "bf16")
 ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
 
@@ -81,18 +82,35 @@ class Series:
     rows : pandas.DataFrame
     turn : int
         Which of its strategy's curves this is; 0 for the first.
+    arm : str
+        The experiment's own name of the arm that the rows belong to; ``""`` for none.
     """
 
     strategy: str
     label: str
     rows: pd.DataFrame
     turn: int
+    arm: str = ""
+
+    @property
+    def own_name(self) -> str:
+        """The arm's own name in words and what else tells the curve apart; else the label."""
+        rest = self.label.removeprefix(f"{self.strategy}, {self.arm}")
+        return spoken(self.arm) + rest if self.arm else self.label
+
+    @property
+    def spoken_label(self) -> str:
+        """The label with its arm's name in words."""
+        return f"{self.strategy}, {self.own_name}" if self.arm else self.label
 
 
 def series(
     rows: pd.DataFrame, extra: tuple[str, ...] = (), leave: tuple[str, ...] = ()
 ) -> list[Series]:
     """Return every curve of the rows: each strategy and model, split by what varies within it.
+
+    An experiment's named arm is a curve by its own name, which says what is varied; only what
+    varies within the arm is added.
 
     Parameters
     ----------
@@ -101,7 +119,7 @@ def series(
         Further columns that split curves, ``fill`` say.
     leave : tuple of str
         Columns that do not split them (the figure's own x axis, say); with ``model``, models are
-        still kept apart but not named.
+        still kept apart but not named; with ``arm``, arms neither split nor name.
 
     Returns
     -------
@@ -109,20 +127,43 @@ def series(
         Together they hold every row.
     """
     out: list[Series] = []
-    several = rows["model"].nunique() > 1 and "model" not in leave
     for strategy in sorted(rows["strategy"].unique(), key=rank_of):
         turn = 0
-        for model, own in rows[rows["strategy"] == strategy].groupby("model", sort=True):
-            split = _configuration(own, extra, leave)
-            varied = [c for c in split if _values(split, str(c)) > 1]
-            groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
-            for values, group in groups:
-                parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
-                names = [str(strategy), str(model) if several else "", *parts]
-                label = ", ".join(p for p in names if p)
-                out.append(Series(str(strategy), label, own.loc[group.index], turn))
-                turn += 1
+        mine = rows[rows["strategy"] == strategy]
+        for arm, part in _arms(mine, leave):
+            # An arm's name says its model, unless it was run with several.
+            several = (part if arm else rows)["model"].nunique() > 1 and "model" not in leave
+            for model, own in part.groupby("model", sort=True):
+                for parts, group in _split(own, extra, leave):
+                    names = [str(strategy), arm, str(model) if several else "", *parts]
+                    label = ", ".join(p for p in names if p)
+                    out.append(Series(str(strategy), label, group, turn, arm))
+                    turn += 1
     return out
+
+
+def spoken(arm: str) -> str:
+    """Return an arm's name in words: ``fp8_kv`` as ``FP8 KV``."""
+    return " ".join(w.upper() if w in ACRONYMS else w for w in arm.split("_"))
+
+
+def _arms(rows: pd.DataFrame, leave: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
+    """Return the rows of each arm, in the order in which they were run."""
+    if "arm" in leave:
+        return [("", rows)]
+    return [(str(arm), own) for arm, own in rows.groupby("arm", sort=False)]
+
+
+def _split(
+    own: pd.DataFrame, extra: tuple[str, ...], leave: tuple[str, ...]
+) -> Iterator[tuple[list[str], pd.DataFrame]]:
+    """Return the rows of each configuration, and what tells it from the others."""
+    split = _configuration(own, extra, leave)
+    varied = [c for c in split if _values(split, str(c)) > 1]
+    groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
+    for values, group in groups:
+        parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
+        yield [p for p in parts if p], own.loc[group.index]
 
 
 def _values(split: pd.DataFrame, column: str) -> int:
@@ -159,7 +200,7 @@ def named(column: str, value: object) -> str:
     if pd.isna(value) or value in ("", "False"):
         return ""
     if isinstance(value, float):
-        value = f"{value:g}"
+        value = f"{value / MIB:.4g} MiB" if column == "chunk_bytes" else f"{value:g}"
     if column == "context_tokens":
         return f"context {tokens(float(str(value)))}"
     if column == "fill":

@@ -79,7 +79,7 @@ def begin(folder: RunFolder, settings: list[Settings], words: list[str], experim
     """Write the manifest and the resolved configuration; an attempt more when it is resumed."""
     manifest = folder.manifest()
     if manifest:
-        manifest["attempts"] += [provenance.attempt()]
+        manifest["attempts"] += [provenance.attempt(settings)]
     else:
         manifest = provenance.manifest(folder.run_id, settings, words, experiment)
     folder.write_json("manifest.json", manifest)

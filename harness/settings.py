@@ -90,6 +90,12 @@ class Settings:
         """Capacity in the bytes that a trial really uses."""
         return self.hardware.capacity_bytes // self.scale
 
+    @property
+    def grain_tokens(self) -> int:
+        """Tokens that a sequence is given room for at once: an engine's block or page, or ours."""
+        own = self.options.get("block_size") or self.options.get("page_size")
+        return int(own or self.trial.page_tokens)
+
     def full_model(self) -> KVModel:
         """What a rank of the modelled device stores."""
         model = self.model.kv_model(

@@ -7,6 +7,7 @@ with any kind of colour vision can tell apart; a strategy keeps its colour and m
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Callable, Sequence
 from functools import wraps
 from pathlib import Path
@@ -36,6 +37,7 @@ _STRATEGY = {
 _OTHERS = ((SKY, "P"), (BLACK, "*"), (DARK, "h"), (GREY, "X"))
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
 LEGEND_LETTERS = 72  # that fit a column's width in the legend's size
+BADGE_LETTERS = 80  # likewise in a badge's
 LINES = ("-", "--", ":", "-.")
 COMPONENTS = {
     "context": GREY,
@@ -164,9 +166,35 @@ def capacity_line(axes: Axes, capacity_gib: float, text: str = "device") -> None
     )
 
 
+def figured_bar(
+    axes: Axes, y: float, value: float, text: str, colour: str, size: float = 6
+) -> float:
+    """Draw a bar from zero with its figure at its end; without a value the text alone, in grey.
+
+    Returns
+    -------
+    float
+        The bar's width.
+    """
+    there = np.isfinite(value)
+    width = float(value) if there else 0.0
+    axes.barh(y, width, 0.7, color=colour, zorder=2)
+    note = axes.annotate(
+        plain(text),
+        (width, y),
+        (2, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=size,
+        color=BLACK if there else DARK,
+    )
+    note.set_in_layout(False)  # it may run over the axis' end, not widen it
+    return width
+
+
 def badge(figure: Figure, *texts: str) -> None:
     """Print what a reader must know to read the figure right, under it."""
-    said = [t for t in texts if t]
+    said = ["\n".join(textwrap.wrap(t, BADGE_LETTERS)) for t in texts if t]
     if said:
         figure.supxlabel("\n".join(plain(t) for t in said), fontsize=6, color="#444444")
 

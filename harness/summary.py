@@ -105,7 +105,8 @@ def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
 def resident(rows: list[Row], startup: Bracket) -> Bracket:
     """Tokens that one sequence really held, and where holding more failed.
 
-    A refused fill gives both ends: pages are added one by one until one more is refused. When
+    A refused fill gives both ends: pages (an engine's blocks) are added one by one until one more
+    is refused. When
     start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
     """
     filled = [
@@ -124,8 +125,9 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     refused = [r for r in filled if r["status"] in ("oom", "refused")]
     if refused:
         best = max(refused, key=held_tokens)
-        page = int(best["page_tokens"]) * int(best.get("context_ranks") or 1)
-        return {"ok": ok, "not_ok": ok + page, "limited_by": best["status"]}
+        grain = int(best.get("page_tokens") or best["block_tokens"])
+        more = grain * int(best.get("context_ranks") or 1)
+        return {"ok": ok, "not_ok": ok + more, "limited_by": best["status"]}
     if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
     return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}

@@ -1,6 +1,6 @@
 """One trial: the phases of a rank's life, from the context to the last timed step.
 
-Phases (DESIGN): context, (nccl), weights, tables, pool, workspace = ready; then fill, decode,
+Phases: context, (nccl), weights, tables, pool, workspace = ready; then fill, decode,
 prefill. A trial ends in a status; running out of memory is one of them, not an error.
 """
 
@@ -170,8 +170,8 @@ class Trial:
             if self.cells[0].purpose == "bracket" or self.settings.accounts_only:
                 break
             self.strategy.open(sequence, self.cell.local_context_tokens)
-        model, check = self.settings.kv_model(), self.team.check
-        return Filler(self.strategy, model, self.ledger, contents, check)
+        grain = self.settings.grain_tokens
+        return Filler(self.strategy, grain, self.ledger, contents, self.team.check)
 
     @property
     def _content_seed(self) -> int:
@@ -251,6 +251,7 @@ class Trial:
         if self.device is not None:
             chunk = max(g.chunk_bytes for g in self.settings.kv_model().groups)
             row["tolerance_bytes"] = tolerance_bytes(self.device.kind, chunk)
+            row["gpu_uuid"] = self.device.uuid or None
         if self.strategy is not None:
             held = self.strategy.footprint()
             row |= {

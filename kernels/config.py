@@ -51,8 +51,8 @@ class DecodeConfig:
         2 to 4 stages give two K/V buffers, and 5 gives three.
     programs_per_sm : int
         Programs that fit an SM at once; the grid is one wave of them.
-    blocks_ahead : int
-        Blocks that a program asks L2 for before the kernel before it has ended.
+    pages_ahead : int
+        Pages that a program asks L2 for before the kernel before it has ended.
     segment_cost_blocks : float
         What starting and ending a run of blocks costs, in blocks, when work is cut into shares.
     """
@@ -63,7 +63,7 @@ class DecodeConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
-    blocks_ahead: int = 0
+    pages_ahead: int = 0
     segment_cost_blocks: float = 1.0
 
 
@@ -84,10 +84,7 @@ _POINTER = {
     (128, "bf16"): (64, 4, (2, 4), (2, 4)),
     (256, "bf16"): (64, 4, (1, 4), (1, 4)),
 }
-# Short contexts end before a deep pipeline fills: more programs with fewer buffers start sooner.
-_TMA_SHORT = {(128, "fp8_e4m3"): (128, 3, (3, 4), (2, 4))}
-SHORT_TOKENS = 1 << 19
-BLOCKS_AHEAD = 2  # per program: 17 MB of an H200's 60 MB L2
+PAGES_AHEAD = 1  # per program: 9 MB of an H200's 60 MB L2
 PAGE_SIZES = (16, 32, 64, PAGE_TOKENS)
 HEAD_DIMS = (64, 128, 256)
 
@@ -143,14 +140,8 @@ def padded_group(group: int) -> int:
     return n
 
 
-def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
-    """Choose the decode kernel's configuration by shape.
-
-    Parameters
-    ----------
-    geometry : Geometry
-    context_tokens : int
-        Tokens of all sequences together.
+def decode_config(geometry: Geometry) -> DecodeConfig:
+    """Choose the decode kernel's configuration by shape; it serves contexts of any length.
 
     Raises
     ------
@@ -159,12 +150,9 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
     """
     check_geometry(geometry)
     tma = geometry.page_tokens == PAGE_TOKENS
-    shape = geometry.head_dim, geometry.kv_dtype
-    chosen = (_TMA if tma else _POINTER)[shape]
-    if tma and context_tokens * geometry.kv_heads <= SHORT_TOKENS:
-        chosen = _TMA_SHORT.get(shape, chosen)
+    table = _TMA if tma else _POINTER
     n = padded_group(geometry.group)
-    block, stages, narrow, wide = chosen
+    block, stages, narrow, wide = table[geometry.head_dim, geometry.kv_dtype]
     programs, warps = narrow if n == 16 else wide
     return DecodeConfig(
         variant="swap_ab_tma" if tma else "swap_ab_pointer",
@@ -173,19 +161,13 @@ def decode_config(geometry: Geometry, context_tokens: int = 0) -> DecodeConfig:
         num_warps=warps,
         num_stages=stages,
         programs_per_sm=programs,
-        blocks_ahead=BLOCKS_AHEAD if tma else 0,
+        pages_ahead=PAGES_AHEAD if tma else 0,
     )
-
-
-def decode_configs(geometry: Geometry) -> tuple[DecodeConfig, ...]:
-    """The configurations that contexts of any length can lead a geometry to."""
-    short, long = decode_config(geometry, 0), decode_config(geometry, 1 << 40)
-    return (short,) if short == long else (short, long)
 
 
 def decode_partials(geometry: Geometry, sm_count: int) -> int:
     """Most partial results of a decode step: a program leaves at most two pieces of a sequence."""
-    return 2 * sm_count * max(c.programs_per_sm for c in decode_configs(geometry))
+    return 2 * sm_count * decode_config(geometry).programs_per_sm
 
 
 def decode_scratch_bytes(geometry: Geometry, sequences: int, sm_count: int) -> int:
@@ -211,5 +193,5 @@ def all_decode_configs() -> list[tuple[Geometry, DecodeConfig]]:
             for page in (16, PAGE_TOKENS):  # 32 and 64 run the kernel of 16
                 for group in (5, 20):
                     geometry = Geometry(2, 2, 2 * group, head_dim, kv_dtype, page)
-                    found += [(geometry, config) for config in decode_configs(geometry)]
+                    found.append((geometry, decode_config(geometry)))
     return found

@@ -95,7 +95,7 @@ def decode(
         DTYPE=tl.float8e4nv if fp8 else tl.bfloat16,
         TMA=tma,
         STAGES=config.num_stages,
-        AHEAD=config.blocks_ahead,
+        AHEAD=config.pages_ahead,
         PDL=not INTERPRETED,
         WIDE=INTERPRETED and not fp8,
         INTERPRETED=INTERPRETED,

@@ -109,35 +109,62 @@ def fetch_ahead(
     AHEAD: tl.constexpr,
     ITEMSIZE: tl.constexpr,
 ):
-    """Ask the L2 cache for a program's first blocks while the kernel before is still at work.
+    """Ask the L2 cache for a program's first pages while the kernel before is still at work.
 
     Only a hint, so it need not wait for what that kernel writes: the page number is read past the
     L1 cache, and everything is read again, by the loads that count, after the wait.
     """
-    LINES: tl.constexpr = BLOCK * D * ITEMSIZE // 128
-    WIDE: tl.constexpr = BLOCK * ITEMSIZE // 128 if BLOCK * ITEMSIZE > 128 else 1
-    for j in tl.static_range(AHEAD):
-        t = t0 + j
-        if t < t1:
-            page = tl.load(table + t // (128 // BLOCK), cache_modifier=".cg").to(tl.int64)
-            part = t % (128 // BLOCK) * BLOCK
-            k = arena + (page * page_elements + tile.to(tl.int64) * 128 * D) * ITEMSIZE
-            v = k + (KV_HEADS * 128 * D + part) * ITEMSIZE
-            fetch_lines(k + part * D * ITEMSIZE + tl.arange(0, LINES) * 128)
-            for line in tl.static_range(WIDE):
-                fetch_lines(v + tl.arange(0, D) * (128 * ITEMSIZE) + line * 128)
+    TILE_BYTES: tl.constexpr = 128 * D * ITEMSIZE
+    first = t0 // (128 // BLOCK)
+    end = (t1 + 128 // BLOCK - 1) // (128 // BLOCK)
+    j = tl.arange(0, triton.next_power_of_2(AHEAD))
+    mask = (j < AHEAD) & (first + j < end)
+    page = tl.load(table + first + j, mask=mask, other=-1, cache_modifier=".cg")
+    k = arena + (page * page_elements + tile.to(tl.int64) * (128 * D)) * ITEMSIZE
+    fetch_tile(tl.where(page >= 0, k, 0), AHEAD, TILE_BYTES)
+    fetch_tile(tl.where(page >= 0, k + KV_HEADS * TILE_BYTES, 0), AHEAD, TILE_BYTES)
 
 
 @triton.jit
-def fetch_lines(address):
-    """Bring the lines at these addresses to L2."""
+def fetch_tile(address, COUNT: tl.constexpr, BYTES: tl.constexpr):
+    """Bring the ``BYTES`` at each of ``COUNT`` addresses to L2: one request each; 0 is none.
+
+    The first ``COUNT`` threads hold them, and other threads hold them again.
+    """
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
-        "=r,l",
-        [address],
+        "{.reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2;"
+        " setp.ne.and.u64 p, $1, 0, p; @p cp.async.bulk.prefetch.L2.global [$1], $3;"
+        " mov.u32 $0, 0;}",
+        "=r,l,r,r",
+        [address, COUNT, BYTES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
+    )
+
+
+@triton.jit
+def segment_at(record):
+    """A record's unit, first and end block, first and end token, and slot."""
+    return (
+        tl.load(record),
+        tl.load(record + 1),
+        tl.load(record + 2),
+        tl.load(record + 3),
+        tl.load(record + 4),
+        tl.load(record + 5),
+    )
+
+
+@triton.jit
+def touch_pages(table, first, last):
+    """Bring a run's first page numbers to the L1 cache while the query is on its way.
+
+    The main loop's own loads of them begin only once the query lies in shared memory.
+    """
+    at = table + tl.minimum(first + tl.arange(0, 32), tl.maximum(last, first))
+    tl.inline_asm_elementwise(
+        "ld.global.ca.b32 $0, [$1];", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
     )
 
 
@@ -183,35 +210,41 @@ def decode_kernel(
     n = tl.arange(0, N)
     d = tl.arange(0, D)
     program = tl.program_id(0)
+    # Records are older than any launch: they need not wait for the kernel before.
     own = records + program * 8
     count = tl.load(own + 6)
     rest = tl.load(own + 7)
+    if TMA:
+        unit, t0, t1, first, end, slot = segment_at(own)
     if PDL:
         gdc_launch_dependents()
         if AHEAD > 0:
-            unit = tl.load(own)
             fetch_ahead(
                 arena, page_table + unit // KV_HEADS * table_stride.to(tl.int64), page_elements,
-                layer * 2 * KV_HEADS + unit % KV_HEADS, tl.load(own + 1), tl.load(own + 2),
+                layer * 2 * KV_HEADS + unit % KV_HEADS, t0, t1,
                 KV_HEADS, D, BLOCK, AHEAD, 1 if FP8 else 2,
             )  # fmt: skip
         gdc_wait()
     for i in tl.range(0, count, disable_licm=True):
-        segment = records + tl.where(i == 0, program, rest + i - 1) * 8
-        unit = tl.load(segment)
-        t0 = tl.load(segment + 1)
-        t1 = tl.load(segment + 2)
-        first = tl.load(segment + 3)
-        end = tl.load(segment + 4)
-        slot = tl.load(segment + 5)
+        if TMA:
+            if i > 0:
+                unit, t0, t1, first, end, slot = segment_at(records + (rest + i - 1) * 8)
+        else:  # pointers leave no registers to carry a record
+            unit, t0, t1, first, end, slot = segment_at(
+                records + tl.where(i == 0, program, rest + i - 1) * 8
+            )
         row = unit // KV_HEADS
         head = unit % KV_HEADS
         q_at = unit * G
+        table = page_table + row.to(tl.int64) * table_stride
+        if TMA and not INTERPRETED and t1 > t0:
+            touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
         qt = tl.load(q + (q_at + n)[None, :] * D + d[:, None], mask=n[None, :] < G, other=0.0)
         if WIDE:
             qt = qt.to(tl.float32)
         score_scale = scale * tl.load(k_scale + head)
-        table = page_table + row.to(tl.int64) * table_stride
+        if TMA:
+            unscale = tl.load(v_scale + head)
         # rows of the K box's and the V box's view of a page, and elements of a page
         k_row = (layer * 2 * KV_HEADS + head) * page_tokens
         v_row = (layer * 2 * KV_HEADS + KV_HEADS + head) * D
@@ -266,7 +299,8 @@ def decode_kernel(
             acc = accumulate(acc, rescale, p, v, FP8, WIDE)
 
         total = tl.sum(l, 0)
-        unscale = tl.load(v_scale + head)
+        if not TMA:
+            unscale = tl.load(v_scale + head)
         if FP8:
             unscale = unscale * (1.0 / 256.0)
         unscale = tl.where(total > 0, unscale / total, 0.0)[None, :]

@@ -243,7 +243,7 @@ def plan_decode(
     import torch
 
     g, device = view.geometry, view.arena.device
-    config = config or decode_config(g, sum(view.lengths_host))
+    config = config or decode_config(g)
     if sm_count is None and device.type == "cuda":
         sm_count = torch.cuda.get_device_properties(device).multi_processor_count
     wave = (sm_count or SM_COUNT_H200) * config.programs_per_sm

@@ -245,8 +245,11 @@ def producer(b, first, last, k_desc, v_desc, v_tail_desc, segments, table, last_
         tail_lo = gl.load(segment + 5)
         n_clear = tail_lo - clear_lo
         n_tail = gl.load(segment + 3) - tail_lo
+        ahead = gl.load(segment + 7) - n_tail
         for k in range(0, n_tail + n_clear):
-            tile = gl.where(k < n_tail, tail_lo + k, clear_lo + k - n_tail)
+            clear = k + ahead
+            clear = clear_lo + gl.where(clear < n_clear, clear, clear - n_clear)
+            tile = gl.where(k < n_tail, tail_lo + k, clear)
             base = gl.load(table + tile) * page_tiles + head
             stage = it % STAGES
             phase = ((it // STAGES) & 1) ^ 1

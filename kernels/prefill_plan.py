@@ -10,6 +10,8 @@ writes a float32 partial to a *slot* and a small kernel merges them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +19,9 @@ from numpy.typing import NDArray
 from kernels.view import Geometry
 
 # Columns of a segment: its row tile's first row, KV head, K/V tiles [lo, hi), of which
-# [clear_lo, clear_hi) are visible to all its rows, and its slot (-1: the whole row tile).
-ROW, HEAD, LO, HI, CLEAR_LO, CLEAR_HI, SLOT, SPARE = range(8)
+# [clear_lo, clear_hi) are visible to all its rows, its slot (-1: the whole row tile), and which of
+# its clear tiles is the first one to be read; from the last one it goes on at clear_lo.
+ROW, HEAD, LO, HI, CLEAR_LO, CLEAR_HI, SLOT, TURN = range(8)
 SEGMENT_INTS = 8
 MERGE_INTS = 4  # row tile's first row, KV head, first slot, pieces
 OVERHEAD_TILES = 4  # what starting and ending a segment costs, in K/V tiles
@@ -120,14 +123,38 @@ def _fill(lengths: list[int], programs: int, share: int) -> list[tuple[int, int,
     return None
 
 
-def _pieces(lengths: list[int], programs: int) -> list[tuple[int, int, int, int]]:
-    """Cut runs of tiles into shares with the least largest: (program, run, first, end)."""
+def _pieces(lengths: list[int], programs: int) -> tuple[list[tuple[int, int, int, int]], int]:
+    """Cut runs of tiles into shares with the least largest: (program, run, first, end), share."""
     share = -(-(sum(lengths) + OVERHEAD_TILES * len(lengths)) // programs)
     while True:
         pieces = _fill(lengths, programs, share)
         if pieces is not None:
-            return pieces
+            return pieces, share - OVERHEAD_TILES
         share += 1 + share // 256
+
+
+def _in_step(
+    pieces: list[tuple[int, int, int, int]], lengths: list[int], share: int
+) -> list[tuple[int, int, int, int, int]]:
+    """Order the work of each program so that all of them read the same K/V at the same time.
+
+    Row tiles read the same history, which may be far larger than the L2 cache: programs that are in
+    step read a tile from memory once, programs at places of their own once for each row tile. At
+    step t a program should be at a place that is t modulo the share. One that has part of one row
+    tile starts at the first multiple of the share and turns around at its end; one that has the end
+    of a row tile and the beginning of the next takes the beginning first. The fifth number is the
+    tile, counted from ``first``, at which a piece starts.
+    """
+    found = []
+    for _, group in groupby(pieces, key=itemgetter(0)):
+        mine = [(*piece, 0) for piece in group]
+        if len(mine) == 1:
+            program, run, first, end, _ = mine[0]
+            turn = -(-first // share) * share - first
+            mine = [(program, run, first, end, turn if first + turn < end else 0)]
+        mine.sort(key=lambda piece: (piece[3] - piece[2] == lengths[piece[1]], piece[2]))
+        found += mine
+    return found
 
 
 def cut(
@@ -141,28 +168,39 @@ def cut(
 ) -> Cut:
     """Cut a chunk's work into equal shares; parameters as in :func:`row_tiles`."""
     tiles = row_tiles(start, tokens, window, geometry, rows, tile_tokens)
-    pieces = _pieces([t.hi - t.lo for t in tiles], programs)
-    count = np.bincount([run for _, run, _, _ in pieces], minlength=len(tiles))
+    lengths = [t.hi - t.lo for t in tiles]
+    pieces, share = _pieces(lengths, programs)
+    slots, merges = _slots(pieces, tiles)
+    ordered = _in_step(pieces, lengths, share)
     segments = np.zeros((len(pieces), SEGMENT_INTS), np.int32)
-    merges: list[tuple[int, int, int, int]] = []
-    slots = 0
-    for segment, (_, run, first, end) in zip(segments, pieces, strict=True):
+    for segment, (_, run, first, end, turn) in zip(segments, ordered, strict=True):
         tile = tiles[run]
-        slot = -1
-        if count[run] > 1:
-            slot, slots = slots, slots + 1
-            if first == 0:
-                merges.append((tile.row, tile.head, slot, int(count[run])))
+        slot = slots.get((run, first), -1)
         lo, hi = tile.lo + first, tile.lo + end
         clear_lo, clear_hi = max(lo, tile.clear_lo), min(hi, tile.clear_hi)
         if clear_hi <= clear_lo:
             # No clear tile: all of them are masked, from the first on.
             clear_lo = clear_hi = lo
-        segment[:] = (tile.row, tile.head, lo, hi, clear_lo, clear_hi, slot, 0)
+        turn = min(max(0, lo + turn - clear_lo), max(0, clear_hi - clear_lo - 1))
+        segment[:] = (tile.row, tile.head, lo, hi, clear_lo, clear_hi, slot, turn)
     programs_of = [program for program, _, _, _ in pieces]
     shares = np.searchsorted(programs_of, np.arange(programs + 1)).astype(np.int32)
     table = np.array(merges, np.int32).reshape(-1, MERGE_INTS)
-    return Cut(rows, tile_tokens, segments, shares, table, slots)
+    return Cut(rows, tile_tokens, segments, shares, table, len(slots))
+
+
+def _slots(
+    pieces: list[tuple[int, int, int, int]], tiles: list[RowTile]
+) -> tuple[dict[tuple[int, int], int], list[tuple[int, int, int, int]]]:
+    """Slots of the pieces (run, first) of row tiles that were cut, in order, and their merges."""
+    slots: dict[tuple[int, int], int] = {}
+    merges = []
+    for run, group in groupby(pieces, key=itemgetter(1)):
+        firsts = [first for _, _, first, _ in group]
+        if len(firsts) > 1:
+            merges.append((tiles[run].row, tiles[run].head, len(slots), len(firsts)))
+            slots |= {(run, first): len(slots) + index for index, first in enumerate(firsts)}
+    return slots, merges
 
 
 def _aligned(nbytes: int) -> int:

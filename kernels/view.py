@@ -1,6 +1,6 @@
 """What a kernel is told about the memory it reads: the arena, the page table, the geometry.
 
-Layout of one layer group (DESIGN section 4), page-major::
+Layout of one layer group, the same for every strategy, page-major::
 
     arena[page, layer, {K, V}, kv_head, tile]
 

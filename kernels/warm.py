@@ -58,17 +58,15 @@ def warm_up(geometry: Geometry, device: str) -> None:
 
 
 def _warm_decode(view: View, q: torch.Tensor) -> None:
-    """Every configuration of the decode kernel, and the merges of few and of many pieces."""
+    """The decode kernel, and the merges of few and of many pieces."""
     import torch
 
-    from kernels.config import decode_configs
+    from kernels.config import decode_config
     from kernels.decode import decode
     from kernels.decode_plan import plan_decode
     from kernels.merge import PIECES, merge
 
-    for config in decode_configs(view.geometry):
-        decode(view, 0, q, plan_decode(view, config=config))
+    programs_per_sm = decode_config(view.geometry).programs_per_sm
     for pieces, _ in PIECES:
-        sm_count = max(1, pieces // config.programs_per_sm)
-        out, lse = decode(view, 0, q, plan_decode(view, sm_count, config=config))
+        out, lse = decode(view, 0, q, plan_decode(view, max(1, pieces // programs_per_sm)))
     merge(torch.stack([out, out]), torch.stack([lse, lse]))  # what ranks of one sequence run

@@ -78,6 +78,7 @@ class Device(Protocol):
     scale: int  # bytes of the modelled device per byte here; 1 on a GPU
     capacity_bytes: int  # free before the first allocation, ballast taken off
     oom_source: str
+    uuid: str  # of the GPU, as NVML writes it; empty without one
     observer: Observer | None
 
     def free_bytes(self) -> int:

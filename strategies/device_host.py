@@ -72,6 +72,7 @@ class HostDevice:
 
     kind = "host"
     oom_source = "budget"
+    uuid = ""
 
     def __init__(
         self,

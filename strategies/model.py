@@ -14,8 +14,8 @@ CHUNK_TARGET_BYTES = 64 << 20
 def chunk_pages(page_bytes: int, chunk_target_bytes: int = CHUNK_TARGET_BYTES) -> int:
     """Pages of a chunk: the smallest multiple of lcm(page, 2 MiB) that is >= the target.
 
-    No page straddles chunks, and a chunk is a multiple of the driver's mapping granularity
-    (DESIGN section 4): 66 MiB for pages of 3, 1.5 and 0.75 MiB.
+    No page straddles chunks, so that each goes back to the driver whole, and a chunk is a multiple
+    of the driver's mapping granularity: 66 MiB for pages of 3, 1.5 and 0.75 MiB.
     """
     unit = math.lcm(page_bytes, MAP_GRANULARITY_BYTES)
     return max(1, math.ceil(chunk_target_bytes / unit)) * unit // page_bytes

@@ -67,7 +67,7 @@ class PooledStrategy(Strategy):
         self._live_tokens: list[int] = []
         self._tables: Allocation | None = None
         self._start_bytes = 0
-        self._scales: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._scales: dict[int, torch.Tensor] = {}
         self._lock = threading.RLock()
 
     @abstractmethod
@@ -220,7 +220,7 @@ class PooledStrategy(Strategy):
             views = []
             for index, pool in enumerate(self.pools):
                 table = pool.table.batch(sequences, pool.allocator.backed_page())
-                k_scale, v_scale = self._group_scales(index)
+                scale = self._ones(index)
                 views.append(
                     View(
                         arena=pool.arena.u8,
@@ -228,21 +228,18 @@ class PooledStrategy(Strategy):
                         lengths=lengths_tensor,
                         lengths_host=lengths,
                         geometry=pool.group.geometry,
-                        k_scale=k_scale,
-                        v_scale=v_scale,
+                        k_scale=scale,
+                        v_scale=scale,
                         starts_host=tuple(pool.group.window_start(n) for n in lengths),
                     )
                 )
             return views
 
-    def set_scales(self, group_index: int, k_scale: torch.Tensor, v_scale: torch.Tensor) -> None:
-        """Use these float32 ``[kv_heads]`` scales of a group in later views (ones unless set)."""
-        self._scales[group_index] = (k_scale, v_scale)
-
-    def _group_scales(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _ones(self, index: int) -> torch.Tensor:
+        """Scales of K and of V of a group: float32 ``[kv_heads]``, all one; copied once."""
         if index not in self._scales:
-            ones = self.device.tensor([1.0] * self.pools[index].group.geometry.kv_heads, "float32")
-            self._scales[index] = (ones, ones)
+            heads = self.pools[index].group.geometry.kv_heads
+            self._scales[index] = self.device.tensor([1.0] * heads, "float32")
         return self._scales[index]
 
     def footprint(self) -> Footprint:

@@ -48,17 +48,6 @@ def slot_tokens(context_tokens: int, mem_fraction: float = 1.0) -> int:
     return math.ceil(context_tokens * Fraction(str(mem_fraction)))
 
 
-def static_pool_bytes(
-    model: KVModel, context_tokens: int, mem_fraction: float = 1.0, sequences: int = 1
-) -> int:
-    """Bytes that ``static`` commits at start-up when its fraction is one of the context.
-
-    ``ceil(context * mem_fraction) * sequences``, in whole pages a slot and whole chunks a pool.
-    A static pool knows no window: every layer group gets the whole slot.
-    """
-    return pool_bytes(model, slot_tokens(context_tokens, mem_fraction), sequences)
-
-
 def static_device_budget_bytes(
     capacity_bytes: int, free_bytes: int, mem_fraction: float, workspace_reserve_bytes: int = 0
 ) -> int:

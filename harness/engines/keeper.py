@@ -3,7 +3,8 @@
 Starts the engine in a process group of its own, ends it when its time is up, when it is told to
 (SIGTERM) or when the harness dies, and leaves no process of it behind: orphans of the engine are
 re-parented to the keeper, whatever session they went to, and killed. Imports nothing but the
-standard library: it must start at once and hold no memory.
+standard library: it must start at once and hold no memory. The engine is given neither our
+PYTHONPATH nor our working folder: packages of ours have names that others look for (``kernels``).
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ def main(path: str) -> int:
         engine = subprocess.Popen(
             spec["command"],
             stdin=subprocess.DEVNULL,
+            cwd=spec["folder"],
+            env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
             start_new_session=True,
             preexec_fn=_die_with_keeper,
         )

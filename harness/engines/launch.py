@@ -101,6 +101,7 @@ def _prepared(cell: Cell, scratch: Path) -> tuple[Path, Path, Path]:
     kept = {
         "parent": os.getpid(),
         "command": [settings.engine["python"], str(adapter), str(spec.resolve())],
+        "folder": str(scratch.resolve()),
         "records": str(records.resolve()),
         "timeout_seconds": settings.trial.timeout_seconds,
     }
@@ -127,7 +128,7 @@ def flags_of(cell: Cell) -> dict[str, Any]:
 
 
 def environment(cell: Cell) -> dict[str, str]:
-    """The keeper's, and so the engine's, environment: ours without our packages, one GPU of it."""
+    """The keeper's environment: ours, one GPU of it; the engine is not given our packages."""
     own = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED}
     own |= {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ADAPTERS.parents[2])}
     index = cell.settings.hardware.index

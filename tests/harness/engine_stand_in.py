@@ -72,7 +72,9 @@ def made_up_modules(memory: Memory) -> None:
             _record_memory_history=lambda **given: None, _snapshot=memory.snapshot
         ),
     )
-    torch.__dict__.update(__version__="0.0", cuda=cuda)
+    torch.__dict__.update(
+        __version__="0.0", cuda=cuda, is_tensor=lambda one: hasattr(one, "element_size")
+    )
     nvml.__dict__.update(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
@@ -88,6 +90,19 @@ def name_of(frames: list[dict[str, object]]) -> str:
     return names.get(str(own[0]["name"]), "weights") if own else ""
 
 
+def run_adapter(memory: Memory, adapter: str, spec: str, moved: bool) -> None:
+    """Run the adapter itself against a made-up engine; it ends the process."""
+    import runpy
+
+    import made_up_engines
+    from recorder import VERSIONS
+
+    engine = os.path.basename(adapter).removeprefix("start_").removesuffix(".py")
+    getattr(made_up_engines, engine)(memory, VERSIONS[engine][-1], moved)
+    sys.argv = [adapter, spec]
+    runpy.run_path(adapter, run_name="__main__")
+
+
 def main(behaviour: str, adapter: str, spec: str) -> None:
     if behaviour == "dies":
         os.kill(os.getpid(), signal.SIGSEGV)
@@ -100,6 +115,8 @@ def main(behaviour: str, adapter: str, spec: str) -> None:
     sys.path.insert(0, os.path.dirname(adapter))
     memory = Memory()
     made_up_modules(memory)
+    if behaviour.startswith("adapter"):
+        run_adapter(memory, adapter, spec, moved=behaviour == "adapter_moved")
     from recorder import VERSIONS, Recorder
 
     recorder = Recorder(spec, "sglang")
@@ -129,8 +146,12 @@ def main(behaviour: str, adapter: str, spec: str) -> None:
             recorder.emit("gossip")
         if behaviour == "grandchild":
             subprocess.Popen(["sleep", "300"], start_new_session=True)
-        recorder.ready(pool_tokens=96 * GIB // 24576, request_limit=rows - 1,
-                       max_request_tokens=96 * GIB // 24576 - 1, settings={})  # fmt: skip
+        recorder.ready(
+            pool_tokens=96 * GIB // 24576,
+            request_limit=rows - 1,
+            max_request_tokens=96 * GIB // 24576 - 1,
+            settings={"cwd": os.getcwd(), "path": os.environ.get("PYTHONPATH")},
+        )
     os._exit(0)
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
-from harness.ranks import Place, global_position, share_tokens
+from harness.ranks import Place, share_tokens
 from harness.ranks_buffers import make_buffers
 from harness.ranks_group import Collectives, Sizes
 from harness.ranks_step import Exchange, project
@@ -70,7 +70,9 @@ def filled(place: Place) -> Paged:
     strategy.start()
     for sequence, length in enumerate(LENGTHS):
         own = share_tokens(length, 128, place.context_ranks, place.context_index)
-        at = [global_position(i, 128, place.context_ranks, place.context_index) for i in range(own)]
+        pages = range(place.context_index * 128, length, place.context_ranks * 128)
+        at = [token for page in pages for token in range(page, min(page + 128, length))]
+        assert len(at) == own
         strategy.open(sequence, 4096)
         strategy.extend(sequence, own)
         k, v = (x[at, first : first + heads] for x in content(sequence))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
 from harness.sizes import GIB
 
+GPU_UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE_BYTES = 149_557_477_376
 CONTEXTS = (100_000, 1_000_000, 5_000_000, 10_000_000)
 SUMMARY: dict[str, Any] = {
@@ -47,7 +48,7 @@ SUMMARY: dict[str, Any] = {
 }
 MANIFEST: dict[str, Any] = {
     "schema": 1,
-    "run_id": "20261124-000000-abcdef",
+    "run_id": "20261124-000000-012345",
     "experiment": "sweep",
     "started_utc": "2026-11-24T00:00:00+00:00",
     "finished_utc": "2026-11-24T00:06:00+00:00",
@@ -56,8 +57,9 @@ MANIFEST: dict[str, Any] = {
     "config_hash": "0123456789abcdef",
     "git": {"commit": "c" * 40, "dirty": False, "diff_sha": ""},
     "versions": {"torch": "2.13.0"},
-    "hardware": {"kind": "cuda", "device_name": "NVIDIA H200"},
-    "gpus": [{"name": "NVIDIA H200", "throttle_reasons": "0x0"}],
+    "hardware": {"kind": "cuda", "device_name": "NVIDIA H200", "uuid": GPU_UUID},
+    "gpus": [{"name": "NVIDIA H200", "uuid": GPU_UUID, "throttle_reasons": "0x0"}],
+    "attempts": [{"pid": 1, "commit": "c" * 40, "gpu_uuids": [GPU_UUID]}],
     "environment": {},
     "seeds": [0],
 }
@@ -92,6 +94,7 @@ def cell(strategy: str, context: int, fill: float, **given: Any) -> dict[str, An
         "world_size": 1,
         "emulated_ranks": 8,
         "basis": "measured" if scale == 1 else "scale_model",
+        "gpu_uuid": GPU_UUID if scale == 1 else None,
         "context_tokens": context,
         "fill": fill,
         "sequences": 1,
@@ -128,6 +131,7 @@ def cell(strategy: str, context: int, fill: float, **given: Any) -> dict[str, An
             "attention_prefill_tokens_per_second": 2048e1 / step_ms,
             "decode_samples": 10,
             "gate_error": 0.01,
+            "gate_lse_error": 1e-4,
             "startup_seconds": 0.4,
         }
     return ordered(row | given)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 
+from harness import report
 from harness.check import check_run, main
 from harness.columns import ordered
 from harness.runs import load_run
@@ -57,6 +58,44 @@ def ungated(rows, summary, manifest):
     first_ok(rows)["gate_error"] = None
 
 
+def gate_beyond_its_limit(rows, summary, manifest):
+    first_ok(rows)["gate_error"] = 0.9
+
+
+def lse_beyond_its_limit(rows, summary, manifest):
+    first_ok(rows)["gate_lse_error"] = -0.9
+
+
+def merged_gate_beyond_its_limit(rows, summary, manifest):
+    first_ok(rows)["merged_gate_error"] = 0.9
+
+
+def another_configuration(rows, summary, manifest):
+    manifest["config_hash"] = "fedcba9876543210"
+
+
+def renamed(rows, summary, manifest):
+    manifest["run_id"] = "the best of three"
+    for row in rows:
+        row["run_id"] = manifest["run_id"]
+
+
+def resumed_on_another_gpu(rows, summary, manifest):
+    manifest["attempts"] = [*manifest["attempts"], {"pid": 2, "gpu_uuids": ["GPU-1"]}]
+
+
+def attempt_without_a_gpu(rows, summary, manifest):
+    manifest["attempts"] = [*manifest["attempts"], {"pid": 2}]
+
+
+def row_of_another_gpu(rows, summary, manifest):
+    rows[-1]["gpu_uuid"] = "GPU-1"
+
+
+def row_without_a_gpu(rows, summary, manifest):
+    rows[-1]["gpu_uuid"] = None
+
+
 def unplanned(rows, summary, manifest):
     first_ok(rows)["predicted_peak_bytes"] *= 1.02
 
@@ -95,6 +134,15 @@ FAULTS = {
     dirty: "tree",
     speed_in_a_failed_row: "speeds",
     ungated: "gate",
+    gate_beyond_its_limit: "gate",
+    lse_beyond_its_limit: "gate",
+    merged_gate_beyond_its_limit: "gate",
+    another_configuration: "identity",
+    renamed: "identity",
+    resumed_on_another_gpu: "one gpu",
+    attempt_without_a_gpu: "one gpu",
+    row_of_another_gpu: "one gpu",
+    row_without_a_gpu: "one gpu",
     unplanned: "planner",
     another_end: "planner",
     hot: "throttling",
@@ -146,12 +194,72 @@ def test_the_scale_models_speeds_are_not_judged(tmp_path):
     results = check_run(load_run(write_run(tmp_path / "run", rows, {})))
     assert results["repeatability"].outcome == "pass"
     assert "not judged" in results["repeatability"].reason
+    assert results["one gpu"].outcome == "n.a."
+
+
+@pytest.mark.parametrize("scale", [1, 192])
+def test_without_a_timed_repeat_no_spread_is_told(tmp_path, scale):
+    untimed = dict.fromkeys(("attention_decode_step_ms", "attention_prefill_chunk_ms"))
+    rows = [*sweep(1, scale=scale), *(r | untimed for r in sweep(2, scale=scale)[10:])]
+    folder = write_run(tmp_path / "run", rows, {})
+    found = check_run(load_run(folder))["repeatability"]
+    assert found.outcome == "n.a." and "no timed cell ran twice" in found.reason
+    next(r for r in rows[10:] if r["status"] == "ok")["peak_device_bytes"] += (
+        1 << 40
+    )  # what else repeats is judged all the same
+    found = check_run(load_run(write_run(tmp_path / "other", rows, {})))["repeatability"]
+    assert found.outcome == "fail" and "peak memory" in found.reason
+
+
+def test_rows_without_a_chunk_repeat_within_their_tolerance(tmp_path):
+    rows = [r | {"chunk_bytes": None} for r in sweep() + bracket()]
+    assert failures(write_run(tmp_path / "run", rows)) == set()
+    unrepeatable_memory(rows, {}, {})
+    assert failures(write_run(tmp_path / "other", rows)) == {"repeatability"}
+
+
+def test_ranks_have_a_gpu_each_and_jobs_of_a_cluster_too(tmp_path):
+    ranks = [r | {"rank": n, "gpu_uuid": f"GPU-{n}"} for r in sweep(1) for n in range(2)]
+    began = [{"gpu_uuids": ["GPU-0"]}]
+    rules = {"attempts": began}
+    assert one_gpu(tmp_path / "ranks", ranks, **rules).outcome == "pass"
+    ranks[3] |= {"gpu_uuid": "GPU-2"}
+    found = one_gpu(tmp_path / "moved", ranks, **rules)
+    assert found.outcome == "fail" and "rank 1: 2 GPUs" in found.reason
+    arms = [r | {"gpu_uuid": f"GPU-{r['strategy']}"} for r in sweep(1)]
+    assert one_gpu(tmp_path / "one", arms).outcome == "fail"
+    jobs = [{"hardware": {}}, {"hardware": {}}]
+    assert one_gpu(tmp_path / "jobs", arms, jobs=jobs, attempts=[{}]).outcome == "pass"
+
+
+def test_rows_of_earlier_runs_are_their_own_folders_to_judge(tmp_path):
+    rows = [r | {"run_id": "20261123-000000-fedcba", "gpu_uuid": "GPU-9"} for r in sweep(1)]
+    found = one_gpu(tmp_path / "run", rows)
+    assert (found.outcome, found.reason) == ("n.a.", "rows of earlier runs")
+
+
+def test_a_trial_that_died_need_not_say_where(tmp_path):
+    died = ordered(sweep(1)[0] | {"status": "crash", "trial_id": "z", "gpu_uuid": None})
+    assert one_gpu(tmp_path / "run", [*sweep(1), died]).outcome == "pass"
+
+
+def one_gpu(folder, rows, **manifest):
+    return check_run(load_run(write_run(folder, rows, **manifest)))["one gpu"]
+
+
+def test_a_folder_written_before_rows_named_their_gpu_lacks_nothing_else(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "trials.csv"
+    lines = [line.rpartition(",")[0] for line in path.read_text().splitlines()]
+    assert path.read_text().split("\n", 1)[0] == f"{lines[0]},gpu_uuid"
+    path.write_text("\n".join(lines) + "\n")
+    assert failures(folder) == {"one gpu"}
 
 
 def test_a_missing_column_fails_the_schema(tmp_path):
     folder = write_run(tmp_path / "run")
     text = (folder / "trials.csv").read_text()
-    (folder / "trials.csv").write_text(text.replace("gate_lse_error", "gate_other", 1))
+    (folder / "trials.csv").write_text(text.replace("kv_scales", "kv_other", 1))
     assert failures(folder) == {"schema"}
 
 
@@ -167,7 +275,18 @@ def test_what_cannot_be_judged_says_so(tmp_path):
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert "trials.csv" in error and error.count("\n") == 1
+    assert "trials.csv" in error and "manifest.json" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [main, report.main], ids=["check", "report"])
+def test_a_folder_that_is_no_run_is_named_and_the_others_are_read(tmp_path, capsys, command):
+    first, second = (write_run(tmp_path / n, sweep(1)) for n in ("a", "b"))
+    (tmp_path / "kernels").mkdir()
+    assert command([str(first), str(tmp_path / "kernels"), str(second)]) == 2
+    said = capsys.readouterr()
+    assert str(first) in said.out
+    assert said.err.count("\n") == 1 and "kernels" in said.err and "holds trials.csv" in said.err
+    assert command([str(tmp_path / "kernels")]) == 2
 
 
 def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):

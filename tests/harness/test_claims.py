@@ -69,14 +69,14 @@ def verdict(claim, rows):
 NO_POOL = oom("pool", oom_requested_bytes=245_760_000_000)
 SMALL = {"model": "qwen3_30b_a3b"}
 FRACTIONS = {"mem_fraction_of": "context"}
-OF_DEVICE = {"mem_fraction_of": "device", "mem_fraction": 0.65}
+OF_DEVICE = {"mem_fraction_of": "device"}
 FEW = {"max_running_requests": 16}
 OFF = {"max_running_requests": 16, "disable_cuda_graph": True}
 SHORT = 131_072
 
 
 def fractions(good, device):
-    """Static at 10M at four fractions of the context, and at one of the device."""
+    """Static at 10M at four fractions of the context, and at two of the device."""
     rows = [
         row(
             "static",
@@ -85,7 +85,10 @@ def fractions(good, device):
         )
         for f in (0.5, 0.58, 0.65, 0.8)
     ]
-    return [*rows, row("static", options=OF_DEVICE, **({} if device else NO_POOL))]
+    return rows + [
+        row("static", options={**OF_DEVICE, "mem_fraction": f}, **({} if device else NO_POOL))
+        for f in (0.65, 0.8)
+    ]
 
 
 def sglang(pool_at_10m, few=None, default=None):
@@ -139,6 +142,7 @@ def waste(strategy, live, **given):
 
 STATIC_EMPTY = row("static", 5 * M, kv_committed_bytes=5 * M * 24_576)
 ENDS = oom("fill", resident_tokens=5_843_200)
+REFUSED_FILL = row("paged", fill=1.0, **ENDS)
 GROWTH = [full("static", 5 * M), full("static", 5 * M, 0.1, kv_committed_bytes=5 * M * 24_576)]
 
 CASES = [
@@ -147,6 +151,16 @@ CASES = [
     ("C1", [row("static", **NO_POOL), row("static", **SMALL, **NO_POOL)], "supported"),
     ("C1", [row("static"), row("static", **SMALL)], "refuted"),
     ("C1", [row("static", **NO_POOL)], "undecided"),
+    (
+        "C1",
+        [row("static", **NO_POOL), row("static", repeat=1), row("static", **SMALL, **NO_POOL)],
+        "conditional",
+    ),
+    (
+        "C1",
+        [row("static", **NO_POOL), row("static", **SMALL), row("static", **SMALL, **NO_POOL)],
+        "conditional",
+    ),
     # C2: 10M paged
     ("C2", [row("paged")], "supported"),
     ("C2", [row("paged", **oom("tables"))], "refuted"),
@@ -156,6 +170,7 @@ CASES = [
     ("C3", [row("paged"), STATIC_EMPTY], "supported"),
     ("C3", [row("paged", kv_committed_bytes=GIB), STATIC_EMPTY], "refuted"),
     ("C3", [row("paged"), row("static", 5 * M)], "refuted"),
+    ("C3", [row("paged", peak_device_bytes=60 * GIB), STATIC_EMPTY], "refuted"),
     ("C3", [row("paged")], "undecided"),
     # C4: growth with length
     ("C4", [full("paged", 5 * M), full("paged", 5 * M, 0.1), *GROWTH], "supported"),
@@ -178,34 +193,40 @@ CASES = [
     # C5: bytes of 10M tokens
     ("C5", [row("static", **NO_POOL)], "conditional"),
     ("C5", [row("static", **oom("pool", oom_requested_bytes=182_000_000_000))], "supported"),
+    ("C5", [row("static", **oom("pool", oom_requested_bytes=20_000_000_000))], "refuted"),
     ("C5", [row("static", **SMALL)], "undecided"),
     # C6: where a full sequence ends
-    ("C6", [row("paged", fill=1.0, **ENDS), row("static", 5_842_000)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 5_842_000)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 4 * M), row("static", 4_003_000, **NO_POOL)], "supported"),
+    ("C6", [REFUSED_FILL, full("static", 5 * M)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 8 * M)], "refuted"),
     (
-        "C6",
+        "C6",  # the pool starts with 5.84M, but a sequence in it ends at 1M
         [
-            row("paged", fill=1.0, **ENDS),
-            row("static", 4 * M),
-            row("static", 4_003_000, **NO_POOL),
+            REFUSED_FILL,
+            full("static", 5_842_000, resident_tokens=M),
+            row("static", M + 1000, **NO_POOL),
         ],
         "supported",
     ),
-    ("C6", [row("paged", fill=1.0, **ENDS), row("static", 5 * M)], "conditional"),
-    ("C6", [row("paged", fill=1.0, **ENDS), row("static", 8 * M)], "refuted"),
-    ("C6", [row("paged", fill=1.0), row("static", 5 * M)], "undecided"),
+    ("C6", [REFUSED_FILL, row("static", 5_842_000)], "undecided"),
+    ("C6", [row("paged", fill=1.0), full("static", 5 * M)], "undecided"),
     # C7: lower fractions
     ("C7", fractions((0.5, 0.58), True), "conditional"),
     ("C7", fractions((0.5, 0.58, 0.65), True), "refuted"),
     ("C7", fractions((), False), "supported"),
     ("C7", fractions((0.5,), True)[:-1], "undecided"),
+    ("C7", fractions((0.5,), True)[:-2], "undecided"),
     # C9: SGLang's pool by context
     ("C9", sglang(100 * GIB), "refuted"),
     ("C9", sglang(100 * GIB * 10 * M // SHORT), "supported"),
     ("C9", sglang(110 * GIB), "conditional"),
+    ("C9", [*sglang(100 * GIB), *sglang(7600 * GIB)], "conditional"),
     ("C9", sglang(100 * GIB)[:1], "undecided"),
     # C10: vLLM at ready
     ("C10", vllm(), "refuted"),
     ("C10", [*vllm(held=5), row("vllm", peak_device_bytes=5 * GIB)], "supported"),
+    ("C10", [*vllm(), row("vllm", repeat=1)], "conditional"),
     ("C10", [row("vllm", **REFUSED)], "undecided"),
     # C11: vLLM at 10M
     ("C11", vllm(flat=REFUSED), "conditional"),
@@ -214,6 +235,7 @@ CASES = [
     ("C11", vllm()[:2], "undecided"),
     # C12: live share under a trace
     ("C12", [waste("static", 0.1), waste("paged", 0.9)], "conditional"),
+    ("C12", [waste("static", 0.5, external_share=0.4), waste("paged", 0.9)], "supported"),
     ("C12", [waste("static", 0.9), waste("paged", 0.8)], "refuted"),
     ("C12", [waste("paged", 0.8)], "undecided"),
     # C13: CUDA graphs
@@ -233,8 +255,9 @@ CASES = [
     # C16: 5 - 6M tokens
     ("C16", [row("static", 5_800_000), row("static", 6 * M, **NO_POOL)], "supported"),
     ("C16", [row("static", 3 * M), row("static", 4 * M, **NO_POOL)], "refuted"),
-    ("C16", [row("static", 5_800_000), row("static", **NO_POOL)], "undecided"),
-    ("C16", [row("static", 5_800_000)], "undecided"),
+    ("C16", [row("static", 5_800_000), row("static", **NO_POOL)], "supported"),
+    ("C16", [row("static", 3 * M), row("static", **NO_POOL)], "undecided"),
+    ("C16", [row("static", 3 * M)], "undecided"),
     # C17: the conclusion, from C9, C10, C11 and C18
     ("C17", sglang(100 * GIB) + vllm(flat=REFUSED), "conditional"),
     (
@@ -244,6 +267,7 @@ CASES = [
         + [row("vllm", peak_device_bytes=5 * GIB)],
         "supported",
     ),
+    ("C17", sglang(100 * GIB) + vllm(flat=REFUSED, small=REFUSED), "refuted"),
     ("C17", sglang(100 * GIB), "undecided"),
     # C18: few running requests
     ("C18", sglang(100 * GIB), "supported"),
@@ -333,3 +357,25 @@ def test_rows_of_a_real_engine_count_before_emulated_ones():
     real = [r | {"engine_version": "0.23.0", "capacity_bytes": None} for r in vllm()]
     found = verdict("C11", emulated + real)
     assert found["verdict"] == "supported" and "measured on the engine" in found["basis"]
+
+
+def test_what_c17_says_of_vllm_follows_from_its_rows():
+    eager = verdict("C17", sglang(100 * GIB) + vllm(flat=REFUSED))
+    lazy = [*vllm(flat=REFUSED, held=5), row("vllm", peak_device_bytes=5 * GIB)]
+    other = verdict("C17", sglang(100 * GIB) + lazy)
+    assert "allocates its whole pool" in eager["condition"]
+    assert "allocates its whole pool" not in other["condition"]
+
+
+def test_c14_says_what_fits_only_where_it_was_filled():
+    started = [row("paged"), row("static", **NO_POOL)]
+    assert verdict("C14", started)["condition"] == "for start-up"
+    filled = [*started, REFUSED_FILL, full("static", 5_842_000)]
+    assert "5,843,200 tokens" in verdict("C14", filled)["condition"]
+
+
+def test_c13_names_what_lies_in_the_reported_range():
+    rows = graphs(6) + [r | {"context_tokens": SHORT} for r in graphs(1)]
+    found = verdict("C13", rows)
+    assert found["measured"] == 6.0
+    assert "1.00 to 6.00 GiB" in found["condition"] and "10,000,000 tokens" in found["condition"]

@@ -15,7 +15,8 @@ import pytest
 from harness.arms import settings_of_command
 from harness.cell import Cell
 from harness.columns import ordered
-from harness.engines.choose import chosen
+from harness.compose import compose_config
+from harness.engines.choose import chosen, engine_of
 from harness.engines.launch import environment, flags_of, run_engine
 from harness.engines.protocol import BadRecord, checked, read_start
 from harness.engines.stand_in import stand_in
@@ -43,7 +44,8 @@ def python(folder, behaviour):
 
 
 def cell(folder, behaviour, *words, seconds=60.0):
-    made = settings("strategy=sglang", "model=report", *words)
+    engine = [] if any(w.startswith("strategy=") for w in words) else ["strategy=sglang"]
+    made = settings("model=report", *engine, *words)
     made = replace(
         made,
         engine={"python": python(folder, behaviour)},
@@ -152,10 +154,72 @@ def test_a_killed_harness_takes_the_engine_with_it(tmp_path):
     assert engine
 
 
-def test_an_engine_sees_none_of_our_packages(tmp_path, monkeypatch):
+def names(outcome):
+    return {i["name"]: i["bytes"] for i in outcome.samples[0]["items"]}
+
+
+def test_sglangs_adapter_reads_every_item(tmp_path):
+    row, outcome = start(tmp_path, "adapter", FEW)
+    assert row["status"] == "ok", row["error"]
+    found = names(outcome)
+    assert found["req_to_token"] == 17 * 10_000_004 * 4
+    assert found["page_table"] == 16 * 10_000_000 * 4
+    assert found["kv_pool"] == 80 * GIB
+    assert (found["decode_cuda_graphs"], found["piecewise_cuda_graphs"]) == (GIB, 2 * GIB)
+    assert row["workspace_bytes"] == found["page_table"] + 3 * GIB
+    phases = [p["step"] for p in outcome.samples[0]["phases"]]
+    assert phases[:4] == ["context", "weights", "pool", "attention"]
+    assert outcome.samples[0]["ready"]["pool_tokens"] == 8_000_000
+
+
+def test_sglangs_adapter_tells_what_a_failed_start_had_made(tmp_path):
+    row, outcome = start(tmp_path, "adapter", DEFAULT)
+    assert (row["status"], row["oom_allocation"]) == ("oom", "kv_pool")
+    assert row["oom_requested_bytes"] == 80 * GIB  # 2 x 2 buffers
+    table = 2049 * 10_000_004 * 4
+    assert row["tables_bytes"] == table + GIB and "kv_pool" not in names(outcome)
+    assert row["oom_free_bytes"] == 134 * GIB - table
+
+
+def test_vllms_adapter_reads_every_item(tmp_path):
+    words = ("strategy=vllm", "strategy.max_num_seqs=16")
+    row, outcome = start(tmp_path, "adapter", *words)
+    assert row["status"] == "ok", row["error"]
+    found = names(outcome)
+    assert found["block_tables"] == found["input_block_tables"] == 16 * 625_000 * 4
+    assert (found["kv_pool"], found["cuda_graphs"]) == (120 * GIB, GIB)
+    assert row["pinned_host_bytes"] == found["all_token_ids"] == 16 * 10_000_000 * 4
+    assert row["tables_bytes"] == 2 * found["block_tables"] + GIB
+    assert row["admitted"] == "true"
+
+
+def test_vllms_adapter_tells_a_refusal(tmp_path):
+    row, outcome = start(tmp_path, "adapter", "strategy=vllm", "context=30M")
+    assert (row["status"], row["oom_source"]) == ("refused", "vllm")
+    assert row["oom_requested_bytes"] == pytest.approx(343.32 * GIB)
+    assert row["oom_free_bytes"] == pytest.approx(118.10 * GIB)
+    assert names(outcome)["weights"] == 4 * GIB
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((FEW,), "Runner.req_to_token_pool.req_to_token is not where it was"),
+        (("strategy=vllm", "strategy.max_num_seqs=16"), "Runner is not the V2 runner"),
+    ],
+)
+def test_an_adapter_whose_engine_has_moved_gives_no_figure(tmp_path, words, said):
+    row, _ = start(tmp_path, "adapter_moved", *words)
+    assert row["status"] == "crash" and said in row["error"]
+    assert row["kv_committed_bytes"] is None
+
+
+def test_an_engine_sees_none_of_our_packages_and_one_gpu(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/ours")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    assert "/ours" not in environment(cell(tmp_path, "starts"))["PYTHONPATH"]
+    _, outcome = start(tmp_path, "starts", FEW)
+    seen = outcome.samples[0]["ready"]["settings"]
+    assert seen == {"cwd": str(tmp_path / "trial"), "path": None}
     assert environment(cell(tmp_path, "starts"))["CUDA_VISIBLE_DEVICES"] == "3"
 
 
@@ -193,6 +257,33 @@ def test_an_engine_that_is_not_here_is_skipped_in_one_line_and_none_is_an_error(
     kept, (line,) = chosen(given)
     assert {a.strategy for a in kept} == {"vllm"}
     assert line.startswith("skipped  sglang: engine.sglang.python is not set; python -m venv")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["hardware=scale_model"], "hardware=scale_model: not allowed; allowed: a CUDA GPU"),
+        (["strategy.version=0.5.9", "strategy=sglang"], "strategy.version=0.5.9"),
+        (["strategy=sglang", "model.local_layers=12", "model.window_tokens=1024"], "local layers"),
+        (["hardware=h200", "hardware.capacity=80GiB"], "hardware.capacity"),
+        (["model.weights_per_rank=16MiB"], "model.weights_per_rank"),
+    ],
+)
+def test_what_no_engine_can_be_started_with_is_one_line(words, said):
+    with pytest.raises(BadValue) as error:
+        settings_of_command([*WORDS[1:], *([] if "hardware" in words[0] else WORDS[:1]), *words],
+                            False, planning=True)  # fmt: skip
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_python_that_is_none_is_refused():
+    conf = compose_config(["strategy=sglang", "engine.sglang.python=/no/python"])
+    with pytest.raises(BadValue, match=r"engine\.sglang\.python=/no/python"):
+        engine_of(conf)
+    assert engine_of(compose_config(["strategy=vllm"])) == {"python": None}
+    assert engine_of(compose_config(["strategy=vllm", "engine.vllm.python=sh"]))["python"][0] == "/"
+    with pytest.raises(BadValue, match="the engines that can be started"):
+        engine_of(compose_config(["strategy=paged"]))
 
 
 def test_a_start_and_its_emulation_are_two_trials_of_one_question(tmp_path):

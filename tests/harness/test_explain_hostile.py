@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -89,11 +88,11 @@ def test_a_truncated_log_is_read_as_far_as_it_goes(capsys, log_file, config_file
     assert "req_to_token" in rows["ate"]
 
 
-def test_long_lines_end_soon(log_file):
-    started = time.perf_counter()
-    read_log("server_args=ServerArgs(" + "a='" * 300_000 + "\n" + "sglang " * 200_000)
-    read_log("sglang\n" + ("Tried to allocate " * 10 + "\n") * 20_000)
-    assert time.perf_counter() - started < 20
+def test_long_lines_and_many_are_read_to_their_end():
+    found = read_log("server_args=ServerArgs(" + "a='" * 300_000 + "\n" + "sglang " * 200_000)
+    assert (found.launch.engine, found.launch.flags) == ("sglang", {})
+    found = read_log("sglang\n" + ("Tried to allocate " * 10 + "\n") * 20_000)
+    assert (found.outcome, found.tried_bytes) == ("unknown", 0)
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,12 @@ import pandas as pd
 import pytest
 
 from harness.columns import TIMELINE_COLUMNS
-from harness.plots import figures
-from harness.plots_costs import (
-    figure_granularity,
-    figure_precision,
-    figure_remedies,
-)
+from harness.plots import OF_A_SWEEP, QUESTIONS, TITLES, draw_run, figures
+from harness.plots_churn import figure_churn, figure_fragmentation
 from harness.plots_engines import figure_mem_fraction, figure_root_cause, items_of
-from harness.plots_sharing import SHARES, figure_fragmentation, figure_waste
+from harness.plots_granularity import figure_granularity
+from harness.plots_precision import figure_precision
+from harness.plots_sharing import SHARES, figure_waste
 from harness.runs import frame
 from tests.harness.run_fixture import GIB, SUMMARY, cell, events, legend, texts
 
@@ -99,42 +97,147 @@ def test_waste_stands_beside_the_papers_figure():
     assert {"57.3", "96.3", "33", "no figure", "Orca (Pow2)"} <= set(texts(figure))
 
 
-def test_churn_draws_committed_and_live_bytes_of_every_strategy():
-    rows = [cell(name, 1_000_000, 1.0) for name in ("static", "paged")]
-    changes = [
-        events(rows[1])[0] | {"seconds": n, "resident_tokens": 1000 * n, "kv_committed_bytes": GIB}
-        for n in range(4)
+def churn_rows():
+    """Arms of three strategies; one failed, one never grew, one has two names for one strategy."""
+    whole = {"workload": "churn", "fill_seconds": 2.0, "live_share": 0.9}
+    whole |= {"largest_admissible_tokens": 200_000, "admissible_of_free_min": 0.5}
+    grown = {"kv_end_committed_bytes": 0, "grow_events": 200, "grow_stall_us_p99": 3000.0}
+    rows = [
+        cell("static", 1_000_000, 0.5) | whole | {"kv_end_committed_bytes": 8 * GIB},
+        cell("paged", 1_000_000, 1.0) | whole | grown,
+        cell("paged", 1_000_000, 1.0, chunk_bytes=1 << 21) | whole | grown | {"arm": "chunk_2MiB"},
+        cell("eager_pages", 1_000_000, 1.0) | {"status": "crash"},
     ]
-    figure = figure_fragmentation(frame(rows), pd.DataFrame(changes))
-    assert "no ledger events" in texts(figure) and len(figure.axes) == 2
-    committed, live = (line.get_ydata() for line in figure.axes[1].lines)
-    assert list(committed) == [1] * 4
-    assert live[-1] == pytest.approx(3000 * 24_576 / GIB)
+    return [r | {"experiment": "fragmentation"} for r in rows]
+
+
+def test_churn_draws_committed_and_live_bytes_of_every_arm_over_its_operations():
+    rows = churn_rows()
+    changes = [
+        events(rows[n])[0]
+        | {"phase": "fill", "seconds": n * k**2, "resident_tokens": 1000 * k}
+        | {"kv_committed_bytes": GIB}
+        for n in (1, 2)
+        for k in range(5)
+    ]
+    figure = figure_churn(frame(rows), pd.DataFrame(changes))
+    titles = [a.get_title(loc="left") for a in figure.axes if a.axison]
+    assert titles == ["static", "paged", "chunk 2MiB", "eager_pages"]
+    said = texts(figure)
+    assert "no ledger events" in said and "no ledger events (crash)" in said
+    for axes in figure.axes[1:3]:  # a slow arm is as wide as a fast one
+        committed, live = axes.lines
+        assert list(committed.get_xdata()) == [0, 25, 50, 75, 100]
+        assert list(committed.get_ydata()) == [1] * 5
+        assert live.get_ydata()[-1] == pytest.approx(4000 * 24_576 / GIB)
+
+
+def test_what_churn_costs_is_a_bar_an_arm_and_metric():
+    figure = figure_fragmentation(frame(churn_rows()))
+    assert [len(axes.patches) for axes in figure.axes] == [4] * 6
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == ["static", "paged", "chunk 2MiB", "eager_pages"]
+    said = texts(figure)
+    assert said.count("crash") == 6 and said.count("–") == 1 and said.count("8.00") == 1
+    assert legend(figure) == ["static", "paged", "eager_pages"]
+
+
+def grain_rows():
+    common = {"experiment": "granularity", "growth": "sync", "grow_events": 400}
+    kernels = [
+        cell("paged", 1_000_000, 1.0, chunk_bytes=n << 20, arm=f"chunk_{n}MiB")
+        | common
+        | {"grow_stall_us_p50": n, "grow_stall_us_p99": 2 * n}
+        for n in (2, 16, 64, 256)
+    ]
+    kernels.append(
+        cell("paged", 1_000_000, 1.0, page_tokens=16, chunk_bytes=64 << 20)
+        | common
+        | {"grow_stall_us_p50": 5, "grow_stall_us_p99": 9}
+    )
+    trace = [
+        cell("paged", 14_089, 1.0, page_tokens=n, chunk_bytes=64 << 20, workload="trace")
+        | common
+        | {"grow_events": 50, "grow_stall_us_p50": 3, "grow_stall_us_p99": 70_000}
+        | {"internal_share": n / 1000, "attention_decode_bytes_per_second": None}
+        for n in (1, 16, 256)
+    ]
+    return [*kernels, *trace]
+
+
+def curves(axes, hollow=False):
+    """Each curve's points; hollow ones are those of few growth events."""
+    return [
+        dict(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axes.lines
+        if len(line.get_xdata()) and (line.get_markerfacecolor() == "white") == hollow
+    ]
 
 
 def test_granularity_holds_other_sizes_while_one_varies():
-    rows = [
-        cell("paged", 1_000_000, 1.0, chunk_bytes=n << 20) | {"grow_stall_us_p99": n}
-        for n in (2, 16, 64, 256)
+    figure = figure_granularity(frame(grain_rows()))
+    page, chunk = figure.axes[:2]
+    assert [a.get_title(loc="left") for a in (page, chunk)] == ["chunk 64 MiB", "page 128 tokens"]
+    assert curves(chunk) == [{2: 0.002, 16: 0.016, 64: 0.064, 256: 0.256}]
+    assert curves(page) == [{16: 0.005, 128: 0.064}]
+    assert legend(figure) == [
+        "kernels, synchronous growth",
+        "allocator under a trace, synchronous growth",
     ]
-    rows += [cell("paged", 1_000_000, 1.0, page_tokens=16) | {"grow_stall_us_p99": 9}]
-    figure = figure_granularity(frame(rows))
-    by_label = {axes.get_xlabel(): axes.lines[0] for axes in figure.axes}
-    assert list(by_label["chunk, MiB"].get_xdata()) == [2, 16, 64, 256]
-    assert list(by_label["page, tokens"].get_xdata()) == [16, 128]
 
 
-def test_precision_draws_a_mark_for_each_input():
-    rows = [cell("paged", 1_000_000, 1.0, kv_dtype=d) for d in ("fp8_e4m3", "bf16")]
-    assert [len(axes.patches) for axes in figure_precision(frame(rows)).axes] == [2, 2, 2]
+def test_stalls_of_few_growth_events_are_hollow_and_said_to_be():
+    figure = figure_granularity(frame(grain_rows()))
+    p99 = figure.axes[2]
+    assert "p99" in p99.get_ylabel()
+    assert curves(p99, hollow=True) == [{1: 70.0, 16: 70.0, 256: 70.0}]
+    assert any("fewer than 100 growth events" in t for t in texts(figure))
+    waste = figure.axes[4]
+    assert "waste" in waste.get_ylabel()
+    assert curves(waste) == [{1: pytest.approx(0.1), 16: pytest.approx(1.6), 256: 25.6}]
 
 
-def test_remedies_draw_every_point_of_every_configuration():
-    figure = figure_remedies(SUMMARY)
-    points = [line for line in figure.axes[0].lines if line.get_marker() in ("^", "s", "o")]
-    assert len(points) == 6
-    assert [t.get_text() for t in figure.axes[0].get_yticklabels()] == ["static", "paged"]
-    assert figure_remedies({"strategies": {"odd": {"startup": 3, "decode": "x"}}}).axes
+def test_granularity_says_what_it_leaves_out():
+    apart = cell("paged", 1_000_000, 1.0, page_tokens=16, chunk_bytes=2 << 20)
+    failed = cell("paged", 1_000_000, 1.0) | {"status": "crash"}
+    rows = [*grain_rows(), apart | {"grow_stall_us_p50": 1}, failed]
+    said = texts(figure_granularity(frame(rows)))
+    assert any("not ended well: 1 of 10" in t and "columns: 1 of 10" in t for t in said)
+
+
+def test_granularity_of_a_single_size_is_still_a_figure():
+    figure = figure_granularity(frame(grain_rows()[:1]))
+    assert curves(figure.axes[0]) == [{128: 0.002}]
+
+
+def precision_rows():
+    rows = []
+    for dtype, token, rate in (("fp8_e4m3", 24_576, 170.0), ("bf16", 49_152, 87.0)):
+        base = cell("paged", 1_000_000, 1.0, kv_dtype=dtype, kv_bytes_per_token=token)
+        base |= {"experiment": "precision", "gate_error": 0.001}
+        short = {"context_tokens": 250_000, "resident_tokens": 250_000}
+        rows.append(base | {"attention_decode_tokens_per_second": rate})
+        rows.append(base | short | {"attention_decode_tokens_per_second": 4 * rate})
+        full = cell("paged", 10_000_000, 1.0, kv_dtype=dtype, kv_bytes_per_token=token)
+        rows.append(full | {"purpose": "resident", "experiment": "precision"})
+    return rows
+
+
+def test_precision_draws_rate_and_error_at_the_longest_length_that_was_timed():
+    figure = figure_precision(frame(precision_rows()))
+    widths = [[p.get_width() for p in axes.patches] for axes in figure.axes]
+    assert widths[0] == [48, 24] and widths[2] == [87, 170] and widths[3] == [1, 1]
+    assert "at 1M resident" in figure.axes[2].get_xlabel()
+    assert all(0 < n < 10 for n in widths[1]) and "→" not in "".join(texts(figure))
+
+
+def test_precision_names_what_was_not_timed_or_failed():
+    crashed = cell("paged", 1_000_000, 1.0, kv_dtype="bf16") | {"status": "crash"}
+    untimed = cell("paged", 1_000_000, 1.0, kv_dtype="fp8_e4m3")
+    untimed |= {"attention_decode_tokens_per_second": None, "gate_error": None}
+    figure = figure_precision(frame([crashed, untimed]))
+    assert [len(axes.patches) for axes in figure.axes] == [2] * 4
+    assert {"crash", "not timed"} <= set(texts(figure))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +245,7 @@ def test_remedies_draw_every_point_of_every_configuration():
     [
         ("root_cause", {"root_cause"}),
         ("waste", {"waste"}),
-        ("fragmentation", {"fragmentation"}),
+        ("fragmentation", {"fragmentation", "churn"}),
         ("granularity", {"granularity"}),
         ("precision", {"precision"}),
         ("remedies", {"remedies"}),
@@ -153,6 +256,38 @@ def test_each_experiment_draws_its_own_figures(experiment, names):
     row = cell("sglang" if experiment == "root_cause" else "paged", 1_000_000, 1.0)
     found = figures(frame([row | {"experiment": experiment, "live_share": 0.9}]), None, SUMMARY)
     assert set(found) == names
+
+
+@pytest.mark.parametrize("experiment", ["waste", "remedies", "fragmentation", "granularity"])
+def test_an_engine_among_the_arms_asks_for_no_other_figure(experiment):
+    rows = [cell(n, 1_000_000, 1.0) | {"experiment": experiment} for n in ("paged", "sglang")]
+    own = set(QUESTIONS[experiment]) - {"waste"}  # no row has shares
+    assert set(figures(frame(rows), None, SUMMARY)) == own
+
+
+def test_claims_draw_no_sweep_of_contexts_but_what_engines_and_fractions_ask_for():
+    rows = [cell(n, 10_000_000, 0.0) | {"experiment": "claims"} for n in ("static", "sglang")]
+    rows += [rows[0] | {"mem_fraction": f, "trial_id": f"f{f}"} for f in (0.5, 0.8)]
+    assert set(figures(frame(rows), None, SUMMARY)) == {"root_cause", "mem_fraction"}
+
+
+def test_every_figure_is_of_a_question_and_has_a_title():
+    assert {n for names in QUESTIONS.values() for n in names} | set(OF_A_SWEEP) == set(TITLES)
+
+
+def test_figures_that_these_rows_cannot_make_are_removed(tmp_path):
+    folder = tmp_path / "figures"
+    folder.mkdir()
+    for name in ("root_cause.png", "root_cause.svg", "compare_a_b.png", "mine.png"):
+        (folder / name).write_bytes(b"old")
+    rows = frame([cell("paged", 1_000_000, 1.0) | {"experiment": "precision"}])
+    draw_run(tmp_path, rows, pd.DataFrame(), {})
+    assert {p.name for p in folder.iterdir()} == {
+        "precision.png",
+        "precision.svg",
+        "compare_a_b.png",
+        "mine.png",
+    }
 
 
 def test_what_a_failed_start_gave_back_is_drawn_as_it_was_when_it_failed():

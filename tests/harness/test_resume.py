@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 from tests.harness.command import (
     LIMIT_SECONDS,
@@ -143,9 +142,8 @@ def test_ctrl_c_leaves_a_readable_folder_that_is_resumed(tmp_path):
     process = start(results, *words)
     until(lambda: results.exists() and len(list(results.glob("*/*/trials.csv"))))
     trial = until(lambda: trial_process(results) if measured(the_folder(results)) else None)
-    began = time.monotonic()
     out, err = interrupt(process)
-    assert process.returncode == 130 and time.monotonic() - began < 30
+    assert process.returncode == 130
     assert err.splitlines()[-1] == "harness: interrupted; the same command resumes this run"
     assert "Traceback" not in err and is_gone(trial)
     folder = the_folder(results)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,10 @@ from hypothesis import strategies as st
 from harness import forecast, trial
 from harness.cell import Cell
 from harness.columns import ordered
+from harness.launch import unfinished
+from harness.provenance import attempt
 from harness.sizes import BadValue
+from harness.summary import summarise
 from harness.trial import Trial
 from tests.harness.composed import made
 
@@ -114,6 +119,61 @@ def test_a_fill_that_is_refused_ends_every_cell_that_is_left():
     assert rows[1]["oom_phase"] == "fill" and rows[1]["resident_limited_by"] == "oom"
     assert rows[1]["grow_events"] > 0 and rows[1]["grow_stall_us_p99"] > 0
     assert events[-1]["phase"] == "fill" and "refused" in events[-1]["allocation"]
+
+
+@pytest.mark.parametrize(
+    ("words", "block_tokens"),
+    [
+        (["strategy=sglang", "strategy.max_running_requests=16"], 1),
+        (["strategy=sglang", "strategy.max_running_requests=16", "strategy.page_size=64"], 64),
+        (["strategy=vllm", "strategy.max_model_len=auto"], 16),
+        (["strategy=vllm", "strategy.max_model_len=auto", "strategy.block_size=32"], 32),
+    ],
+)
+def test_an_engines_row_says_nothing_of_our_arena_and_holds_to_its_own_block(words, block_tokens):
+    own = made(*words, "context=4M", "hardware.capacity=80GiB")
+    (row,), _ = run(Cell(own, 4_000_000, purpose="resident", timing=False))
+    empty = ("arena", "layout", "table_order", "page_tokens", "chunk_bytes", "kv_scales")
+    assert [row[c] for c in empty] == [None] * 6
+    assert row["block_tokens"] == block_tokens
+    assert row["status"] == "refused" and row["oom_phase"] == "fill"
+    assert row["resident_tokens"] % block_tokens == 0
+    assert row["resident_tokens"] == forecast.predict_cell(Cell(own, 4_000_000)).resident_tokens
+    held = summarise([row], [])["strategies"][own.strategy]["resident"]
+    assert held["not_ok"] == held["ok"] + block_tokens == row["resident_tokens"] + block_tokens
+
+
+def test_our_own_rows_say_what_ran():
+    own = made("strategy=paged", "context=2K", "hardware.capacity=8GiB", "trial.page_tokens=64")
+    (row,), _ = run(Cell(own, 2_000, purpose="bracket", timing=False))
+    assert (row["arena"], row["layout"], row["table_order"]) == ("mmap", "page_major", "identity")
+    assert (row["page_tokens"], row["block_tokens"]) == (64, None)
+    assert row["chunk_bytes"] == max(g.chunk_bytes for g in own.kv_model().groups)
+    assert row["gpu_uuid"] is None
+
+
+def test_a_row_names_the_gpu_that_its_device_names(monkeypatch):
+    own = made("strategy=paged", "context=2K", "hardware.capacity=8GiB")
+    open_device = trial.open_device
+
+    def opened(*given, **named):
+        device = open_device(*given, **named)
+        device.uuid = "GPU-that-ran"
+        return device
+
+    monkeypatch.setattr(trial, "open_device", opened)
+    (row,), _ = run(Cell(own, 2_000, purpose="bracket", timing=False))
+    assert row["gpu_uuid"] == "GPU-that-ran"
+
+
+def test_a_process_that_died_had_the_gpu_of_its_settings():
+    own = made("strategy=paged", "context=2K")
+    gpu = replace(own, hardware=replace(own.hardware, kind="cuda", uuid="GPU-0"))
+    ended = {"status": "crash"}
+    assert unfinished(Cell(gpu, 2_000), {}, ended, {}, 1.0)["gpu_uuid"] == "GPU-0"
+    ranks = replace(gpu, parallel=replace(gpu.parallel, processes=2))  # each knows only its own
+    assert unfinished(Cell(ranks, 2_000), {}, ended, {}, 1.0)["gpu_uuid"] is None
+    assert attempt([gpu, gpu])["gpu_uuids"] == ["GPU-0"] and attempt([own])["gpu_uuids"] == []
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def compile_merges():
     q = random_q(geometry, 1)
     with capture() as launches:
         for pieces, _ in PIECES:
-            decode(view, 0, q, plan_decode(view, pieces // 3))
+            decode(view, 0, q, plan_decode(view, pieces // 2))
         merge(torch.zeros(4, 3, 128), torch.zeros(4, 3))
     return launches
 

@@ -12,7 +12,7 @@ from bench.attention import run
 from bench.data import make_view, peer_layout, queries, with_table
 from bench.peers import Peers
 from bench.rows import COLUMNS, Rows
-from bench.timing import Sample, by_graph, summarise
+from bench.timing import Sample, by_graph, by_graphs, summarise
 from kernels import ops, reference
 from kernels.view import Geometry
 
@@ -116,6 +116,9 @@ def test_host_timing_counts_each_call(view):
     calls = []
     assert by_graph([lambda: calls.append(1)] * 4, 1).count == 3
     assert len(calls) == 12
+    two = by_graphs([[lambda: calls.append(2)], [lambda: calls.append(3)] * 2], 1)
+    assert [sample.count for sample in two] == [3, 3]
+    assert (calls.count(2), calls.count(3)) == (3, 6)
 
 
 def test_tables_fill_their_page(tmp_path):

@@ -65,7 +65,7 @@ def test_every_visible_block_is_in_one_segment(view, programs, block):
 @settings(max_examples=60, deadline=None)
 @given(batches(), st.integers(1, 132))
 def test_shares_are_even_and_scratch_suffices(view, sm_count):
-    chosen = config.decode_config(view.geometry, sum(view.lengths_host))
+    chosen = config.decode_config(view.geometry)
     programs = sm_count * chosen.programs_per_sm
     cut = cut_work(units_of(view), programs, chosen)
     costs = []
@@ -92,7 +92,7 @@ def test_records_lead_to_every_segment_once(view, programs):
 
 def test_one_long_sequence_fills_the_device():
     geometry = Geometry(1, 1, 5, 128)
-    chosen = config.decode_config(geometry, 10 << 20)
+    chosen = config.decode_config(geometry)
     cut = cut_work(units_of(view_of(geometry, [10 << 20])), 264, chosen)
     blocks = [s[3] - s[2] for s in cut.segments]
     assert len(blocks) >= 262

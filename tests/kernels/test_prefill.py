@@ -182,7 +182,7 @@ def test_on_gpu_scores_below_zero():
     k, v = (reference.quantise(x, 1.0, "fp8_e4m3").cuda() for x in (k, v))
     store(view, 0, 0, k, v)
     q = (torch.rand((tokens, 4, 128), generator=generator) + 0.1).to(torch.float8_e4m3fn).cuda()
-    q[50:] = -q[50:].float().to(q.dtype)
+    q[50:] = (-q[50:].float()).to(q.dtype)
     dequantised = [reference.dequantise(x, s[0]) for x, s in ((k, view.k_scale), (v, view.v_scale))]
     want, want_lse = reference.attention(
         q.double(), *dequantised, sm_scale=0.3, causal_from=total - tokens

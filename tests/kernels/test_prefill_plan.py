@@ -48,6 +48,7 @@ def test_every_visible_tile_is_read_once(chunk):
     want_rows = range(0, tokens * geometry.group, rows)
     assert set(seen) == {(h, r) for h in range(geometry.kv_heads) for r in want_rows}
     for (_, row), runs in seen.items():
+        runs.sort()
         last = min((row + rows - 1) // geometry.group, tokens - 1)
         edges = [window // tile_tokens, (start + last) // tile_tokens + 1]
         assert runs[0][0] == edges[0] and runs[-1][1] == edges[1]
@@ -60,8 +61,9 @@ def test_every_visible_tile_is_read_once(chunk):
 def test_clear_tiles_need_no_mask_and_masked_ones_do(chunk):
     start, tokens, window, geometry, rows, tile_tokens, programs = chunk
     cut = pp.cut(start, tokens, window, geometry, rows, tile_tokens, programs)
-    for row, _, lo, hi, clear_lo, clear_hi, *_ in cut.segments.tolist():
+    for row, _, lo, hi, clear_lo, clear_hi, _, turn in cut.segments.tolist():
         assert lo <= clear_lo <= clear_hi <= hi
+        assert 0 <= turn < max(1, clear_hi - clear_lo)
         first_limit = start + row // geometry.group
         for tile in (clear_lo, clear_hi - 1) if clear_lo < clear_hi else ():
             assert window <= tile * tile_tokens
@@ -80,7 +82,7 @@ def test_pieces_and_merges_match(chunk):
     assert cut.shares[0] == 0 and cut.shares[-1] == len(cut.segments)
     assert len(cut.shares) == programs + 1 and (np.diff(cut.shares) >= 0).all()
     pieces: dict[tuple[int, int], list[int]] = {}
-    for row, head, *_, slot, _ in cut.segments.tolist():
+    for row, head, *_, slot, _ in sorted(cut.segments.tolist(), key=lambda s: s[pp.LO]):
         pieces.setdefault((row, head), []).append(slot)
     merges = {(row, head): (slot, n) for row, head, slot, n in cut.merges.tolist()}
     for where, slots in pieces.items():
@@ -102,6 +104,31 @@ def test_shares_are_fair(tokens, heads, total):
     cost = cut.segments[:, pp.HI] - cut.segments[:, pp.LO] + pp.OVERHEAD_TILES
     shares = [cost[a:b].sum() for a, b in zip(cut.shares[:-1], cut.shares[1:], strict=True)]
     assert max(shares) <= 1.02 * np.mean(shares) + 1
+
+
+@pytest.mark.parametrize("tokens, heads", [(8192, 8), (2048, 8), (2048, 5), (512, 8)])
+@pytest.mark.parametrize("total", [1 << 20, 4_000_000])
+def test_programs_read_the_same_tiles_at_the_same_time(tokens, heads, total):
+    """Of a long history an L2 cache of 32 MB sends few tiles to memory twice."""
+    geometry = Geometry(1, 1, heads, 128)
+    cut = pp.cut(total - tokens, tokens, 0, geometry, 192, 128, 132)
+    step = 32  # tiles: one MiB
+    reads = []
+    for lo, hi in itertools.pairwise(cut.shares):
+        at = 0
+        for *_, clear_lo, clear_hi, _, turn in cut.segments[lo:hi].tolist():
+            order = np.roll(np.arange(clear_lo, clear_hi), -turn)
+            reads += [(at + i, int(tile) // step) for i, tile in enumerate(order[::step])]
+            at += len(order) / step
+    held: dict[int, None] = {}
+    fetched = 0
+    for _, tile in sorted(reads):
+        fetched += tile not in held
+        held.pop(tile, None)
+        held[tile] = None
+        if len(held) > 32:
+            held.pop(next(iter(held)))
+    assert fetched <= 6 * total / 128 / step
 
 
 @settings(max_examples=60, deadline=None)

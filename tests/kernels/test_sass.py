@@ -28,8 +28,8 @@ def test_decode(name, machine_code):
     assert (kernel.count("HGMMA") > 0) == (not fp8)
     tma = config.variant == "swap_ab_tma"
     assert (kernel.count("UTMALDG") > 0) == tma
-    if tma:  # the next layer's first blocks are asked for before this one has ended
-        assert kernel.count("CCTL") >= 2 * config.blocks_ahead
+    if tma:  # whole tiles of the next layer's first pages are asked for before this one has ended
+        assert kernel.count("UBLKPF") == 2
     else:  # 16 bytes at a time, into shared memory
         assert kernel.opcodes["LDGSTS.E.BYPASS.128"] >= 8
     assert kernel.count("ACQBULK") == 1  # waits for the kernel before, which let it start early

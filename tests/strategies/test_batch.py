@@ -58,13 +58,6 @@ def test_a_sequence_without_a_token_is_padded_with_a_backed_page(strategy):
         assert all(allocator._committed[chunk] for chunk in backed)
 
 
-def test_scales_are_ones_unless_set(strategy):
-    strategy.set_scales(1, torch.tensor([0.5]), torch.tensor([0.25]))
-    full, local = strategy.batch([1])
-    assert full.k_scale.tolist() == [1.0]
-    assert (local.k_scale.tolist(), local.v_scale.tolist()) == ([0.5], [0.25])
-
-
 def test_a_later_extension_does_not_change_an_earlier_view(strategy):
     before = strategy.batch([3])[0]
     line = before.page_table.tolist()

@@ -3,6 +3,8 @@
 import threading
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from strategies.errors import OutOfMemory
 from tests.strategies.pools import CHUNK, CONTEXT, LOCAL_CHUNK, filled, started
@@ -41,6 +43,59 @@ def test_reserve_of_one_group_is_given_up_for_another():
         strategy.extend(0, PAGE_TOKENS)
     assert refused.value.requested_bytes == CHUNK
     assert refused.value.free_bytes == 2 * LOCAL_CHUNK - CHUNK
+
+
+def test_a_request_is_admitted_on_what_another_group_keeps_in_reserve():
+    strategy = started(model=HYBRID, release="deferred", low_water_bytes=100 * CHUNK)
+    strategy.open(0, CONTEXT)
+    for pages in (9, 1, 2):  # the second step leaves eight local pages behind its window
+        strategy.extend(0, pages * PAGE_TOKENS)
+    full, local = strategy.pools
+    assert (full.allocator.free_committed_pages, local.allocator.empty_chunks) == (0, 2)
+    strategy.device.allocate("workspace", "other", strategy.device.free_bytes())
+    # One page, and a second, fit into holes: two empty local chunks make room for a full one.
+    assert strategy._spare_bytes(local, 1) == 2 * LOCAL_CHUNK >= CHUNK
+    assert strategy.can_admit(PAGE_TOKENS)
+    assert not strategy.can_admit(3 * PAGE_TOKENS)  # takes one of them: the other is too small
+    assert filled(strategy, 1, 1) == CHUNK
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=3),
+    st.lists(st.booleans(), min_size=3, max_size=3),
+    st.integers(0, 3 * CHUNK // 4096),
+    st.integers(1, 4),
+)
+def test_what_is_admitted_is_what_can_be_had(lengths, closed, left_host_pages, pages):
+    """Beside any holes and reserves, with any amount left: asked, and then really tried."""
+    strategy = started(model=HYBRID, release="deferred", low_water_bytes=100 * CHUNK)
+    for sequence, held in enumerate(lengths):
+        filled(strategy, sequence, held)
+        strategy.extend(sequence, PAGE_TOKENS)  # local pages behind the window are kept for later
+    for sequence in range(len(lengths)):
+        if closed[sequence]:
+            strategy.close(sequence)
+    free = strategy.device.free_bytes() // 4096
+    strategy.device.allocate("workspace", "other", (free - min(left_host_pages, free)) * 4096)
+    asked = strategy.can_admit(pages * PAGE_TOKENS)
+    spare = [_trimmed_one_by_one(pool.allocator, pages) for pool in strategy.pools]
+    assert [strategy._spare_bytes(pool, pages) for pool in strategy.pools] == spare
+    try:
+        filled(strategy, 9, pages)
+    except OutOfMemory:
+        assert not asked
+    else:
+        assert asked
+
+
+def _trimmed_one_by_one(allocator, pages):
+    """Bytes of empty chunks that can go while ``pages`` pages stay, tried one after another."""
+    size = allocator.pages_per_chunk
+    free, gone = allocator.free_committed_pages, 0
+    while gone < allocator.empty_chunks and free - size >= pages:
+        free, gone = free - size, gone + 1
+    return gone * size * allocator.page_bytes
 
 
 def test_budget_refuses_before_the_device():

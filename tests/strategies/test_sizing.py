@@ -14,7 +14,7 @@ from tests.strategies.small_models import HYBRID, PAGE_TOKENS, PLAIN, SCALED
 def test_report_at_ten_million_on_the_scale_model():
     assert sizing.pool_chunks(SCALED.groups[0], 10_000_000) == 3552
     assert SCALED.groups[0].chunk_bytes == 360_448
-    assert sizing.static_pool_bytes(SCALED, 10_000_000) == 3552 * 360_448
+    assert sizing.pool_bytes(SCALED, 10_000_000) == 3552 * 360_448
     assert sizing.page_table_bytes(SCALED, 10_000_000, 1) == 78_125 * 4
     assert sizing.scaled_bytes(78_125 * 4, 192) == 1628
 
@@ -29,8 +29,8 @@ def test_report_needs_240_gb_on_a_gpu():
     page = Geometry(48, 2, 8, 128)
     model = KVModel("report", (LayerGroup("full", page, chunk_pages(page.page_bytes)),))
     assert model.token_bytes == 24 * 1024
-    assert 0 <= sizing.static_pool_bytes(model, 10_000_000) - 24 * 1024 * 10_000_000 < 66 * MIB
-    assert sizing.static_pool_bytes(model, 10_000_000) > 139 * GIB
+    assert 0 <= sizing.pool_bytes(model, 10_000_000) - 24 * 1024 * 10_000_000 < 66 * MIB
+    assert sizing.pool_bytes(model, 10_000_000) > 139 * GIB
 
 
 def test_fraction_is_a_decimal():

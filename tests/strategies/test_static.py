@@ -29,7 +29,7 @@ def pages_of(strategy, sequence, group=0):
 
 def test_pool_is_committed_at_start_and_told():
     strategy = started()
-    nbytes = sizing.static_pool_bytes(PLAIN, 20 * PAGE_TOKENS, 1.0, 3)
+    nbytes = sizing.pool_bytes(PLAIN, 20 * PAGE_TOKENS, 3)
     assert nbytes == 20 * CHUNK
     assert strategy.device.observer.seen == [
         ("tables", "page_table", 3 * 20 * 4),

@@ -161,12 +161,13 @@ def name_of(frames: list[dict[str, Any]]) -> str:
         if path.endswith("mem_cache/memory_pool.py"):
             if function == "_create_buffers" or "comp>" in function:
                 return "kv_pool"
-            return source_name(frame) or "memory_pool"
-        if path.endswith("flashattention_backend.py"):
+            if function == "__init__":
+                return source_name(frame) or "memory_pool"
+        if path.endswith("flashattention_backend.py") and function == "init_cuda_graph_state":
             return source_name(frame) or "attention_backend"
         if path.endswith("mem_cache/allocator.py"):
             return "free_slots"
-        if "rotary_embedding" in path:
+        if "cos_sin_cache" in function:
             return "rope_cos_sin"
         if "piecewise_cuda_graph" in path or "/compilation/" in path:
             return "piecewise_cuda_graphs"

@@ -76,6 +76,8 @@ class Start:
         )
 
     def _profile(self) -> dict[str, Any]:
+        if self.recorder.spec["flags"].get("kv_cache_memory_bytes"):
+            return {}  # then nothing is profiled
         return {name: self.recorder.get(self.worker, name) for name in PROFILE}
 
     def _listen(self, worker: Any, runner: Any) -> None:  # noqa: ANN401
@@ -157,7 +159,7 @@ def name_of(frames: list[dict[str, Any]]) -> str:
             return source_name(frame) or "block_tables"
         if path.endswith("gpu/states.py"):
             return source_name(frame) or "request_state"
-        if "rotary_embedding" in path:
+        if "cos_sin_cache" in function:
             return "rope_cos_sin"
         if function == "capture_model" or path.endswith("cudagraph_utils.py"):
             return "cuda_graphs"

@@ -1,0 +1,93 @@
+"""Checks of where a folder's rows come from: which commit, which configuration, which GPU."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pandas as pd
+
+from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
+from harness.runs import Run, clean, dicts, lookup
+
+# As harness.folder names a run: when it began, the first digits of its hash, a number if taken.
+RUN_ID = re.compile(r"\d{8}-\d{6}-(?P<hash>[0-9a-f]{6})(-\d+)?")
+# Ends of a process that could not say any more which GPU it had.
+DIED = ("crash", "timeout", "oom_host")
+
+
+def tree(run: Run) -> Result:
+    """Check that the code that ran is a commit, without local changes."""
+    dirty: Any = lookup(run.manifest, "git", "dirty")
+    if not isinstance(dirty, bool):
+        return not_applicable("no commit in the manifest")
+    if dirty:
+        return failed("uncommitted changes; the manifest holds their hash")
+    return passed(f"commit {str(lookup(run.manifest, 'git', 'commit', default=''))[:12]}, clean")
+
+
+def identity(run: Run) -> Result:
+    """Check that the run's id ends in the beginning of its configuration's hash."""
+    digest = lookup(run.manifest, "config_hash")
+    if not isinstance(digest, str) or not digest:
+        return not_applicable("no hash of the configuration in the manifest")
+    match = RUN_ID.fullmatch(run.run_id)
+    if match is None:
+        return failed(f"run id {run.run_id!r:.60} is not of the form DATE-TIME-HASH")
+    if not digest.startswith(match["hash"]):
+        return failed(f"run id ends in {match['hash']}, the configuration's hash is {digest:.16}")
+    return passed(f"configuration {match['hash']}")
+
+
+def one_gpu(run: Run) -> Result:
+    """Check that each rank's trials, of all attempts of a run, ran on one GPU, and name it.
+
+    Jobs of a cluster's sweep have a GPU each: there it is asked of each arm.
+    """
+    measured = run.rows[run.rows["basis"] == "measured"]
+    own = measured[measured["run_id"] == run.run_id]
+    if own.empty:
+        why = "rows of earlier runs" if len(measured) else "no row was measured on a GPU"
+        return not_applicable(why)
+    parts = arms_of(own).values() if dicts(run.manifest, "jobs") else [own]
+    every: set[str] = set()
+    for part in parts:
+        for rank, rows in part.groupby("rank", dropna=False):
+            fault = _fault(rows)
+            if fault:
+                return failed(fault if rank == 0 else f"rank {rank:g}: {fault}")
+            every |= set(rows["gpu_uuid"]) - {""}
+    return _attempts(run, every)
+
+
+def _fault(rows: pd.DataFrame) -> str:
+    """Return what is wrong with the GPUs that one rank's rows name; empty when they name one."""
+    reached = rows[~rows["status"].isin(DIED)]
+    silent = reached[reached["gpu_uuid"] == ""]
+    if not silent.empty:
+        return f"{len(silent)} of {len(reached)} rows do not name their GPU: {named(silent)}"
+    found = sorted(set(rows["gpu_uuid"]) - {""})
+    return f"{len(found)} GPUs: {', '.join(found)}" if len(found) > 1 else ""
+
+
+def _attempts(run: Run, rows: set[str]) -> Result:
+    """Compare the GPU that each attempt began on with those that the rows name."""
+    if not rows:
+        return not_applicable("no trial reached its GPU")
+    named_rows = ", ".join(sorted(rows))
+    if dicts(run.manifest, "jobs"):  # the process that hands them out needs no GPU of its own
+        return passed(f"jobs of a cluster, a GPU each: {named_rows}")
+    attempts = dicts(run.manifest, "attempts")
+    began = [_texts(one.get("gpu_uuids")) for one in attempts]
+    silent = sum(not one for one in began)
+    if silent:
+        return failed(f"{silent} of {len(attempts)} attempts do not name their GPU")
+    odd = sorted({u for one in began for u in one} - rows)
+    # An instance of a GPU (MIG) has an identity of its own.
+    if odd and not any(u.startswith("MIG-") for u in (*odd, *rows)):
+        return failed(f"an attempt began on {', '.join(odd)}; the rows name {named_rows}")
+    return passed(f"{len(attempts)} attempt{'s' * (len(attempts) != 1)}, {named_rows}")
+
+
+def _texts(value: object) -> list[str]:
+    return [clean(v) for v in value] if isinstance(value, list) else []

@@ -1,0 +1,173 @@
+"""Figures in Markdown pages, made from rows: ``python -m harness.pages PAGE…``.
+
+A page marks where they belong, what is wanted, and the folders that it comes from, as seen from
+the page::
+
+    <!-- rows: sweeps results/reference/h200_report results/reference/h200_qwen3_30b_a3b -->
+    <!-- rows: end -->
+
+What lies between the two lines is replaced. A test makes the committed pages again and compares.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from harness import check, tables
+from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
+from harness.sizes import GIB, MIB
+from harness.tabular import EMPTY, Table, figure_of, known, tokens
+
+MARKED = re.compile(
+    r"(<!-- rows: (?!end)(?P<words>[^>]*?) -->\n).*?(<!-- rows: end -->)", re.DOTALL
+)
+POINTS = ("startup", "admit", "resident")
+
+
+def sweeps(runs: list[Run], folders: list[str]) -> str:
+    """A line a configuration: its three OOM points, and what the longest timed row measured."""
+    lines = []
+    for run, folder in zip(runs, folders, strict=True):
+        for name, one in tables.strategies(run.summary):
+            own = trials(run.rows)
+            own = own[own["strategy"] == name.split(",")[0]]
+            timed = own[(own["status"] == "ok") & own["attention_decode_step_ms"].notna()]
+            lines.append(
+                (
+                    Path(folder).name,
+                    name,
+                    figure_of(own["kv_bytes_per_token"].iloc[0] / 1024, 3),
+                    *(_bracket(one, point) for point in POINTS),
+                    f"{own['peak_device_bytes'].max() / GIB:.2f}",
+                    *_speeds(timed),
+                )
+            )
+    columns = ("run", "strategy", ">KiB a token", ">start-up", ">admit", ">resident",
+               ">peak, GiB", ">timed at", ">decode, ms", ">TB/s", ">prefill, TFLOP/s")  # fmt: skip
+    return Table("", columns, tuple(lines)).markdown()
+
+
+def _bracket(one: dict[str, Any], point: str) -> str:
+    ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
+    upper = f" – {bad:,}" if bad else ", no failure"
+    return EMPTY if not known(ok) else (f"{ok:,}" if bad else tokens(ok)) + upper
+
+
+def _speeds(timed: pd.DataFrame) -> tuple[str, str, str, str]:
+    if timed.empty:
+        return (EMPTY,) * 4
+    longest = timed[timed["resident_tokens"] == timed["resident_tokens"].max()]
+
+    def median(column: str, factor: float) -> str:
+        return figure_of(longest[column].median() * factor, 4)
+
+    return (
+        tokens(longest["resident_tokens"].iloc[0]),
+        median("attention_decode_step_ms", 1.0),
+        median("attention_decode_bytes_per_second", 1e-12),
+        median("attention_prefill_flops_per_second", 1e-12),
+    )
+
+
+def claims(runs: list[Run], folders: list[str]) -> str:
+    """Every verdict: what was claimed, what was measured, under which condition, on which basis."""
+    lines = [
+        (
+            clean(lookup(c, "id")),
+            clean(lookup(c, "claim")),
+            clean(lookup(c, "verdict")),
+            clean(lookup(c, "condition")),
+            clean(lookup(c, "basis")),
+        )
+        for run in runs
+        for c in dicts(run.summary, "claims")
+    ]
+    return Table("", ("id", "claim", "verdict", "condition", "basis"), tuple(lines)).markdown()
+
+
+def trust(runs: list[Run], folders: list[str]) -> str:
+    """A line a run: rows, gate errors, what was unexplained, off the plan, and the check's word."""
+    lines = []
+    for run, folder in zip(runs, folders, strict=True):
+        own = trials(run.rows)
+        off = own["unexplained_bytes"].abs().max() / MIB
+        results = check.check_run(run)
+        failed = [name for name, r in results.items() if r.outcome == "fail"]
+        lines.append(
+            (
+                Path(folder).name,
+                f"{len(own)}",
+                f"{own['gate_error'].notna().sum()}",
+                figure_of(own["gate_error"].max(), 2),
+                f"{off:.2f}" if known(off) else EMPTY,
+                f"{own['tolerance_bytes'].max() / MIB:.0f}",
+                _planned(own),
+                "fails: " + ", ".join(failed) if failed else "passes",
+            )
+        )
+    columns = ("run", ">trials", ">gated", ">largest gate error", ">unexplained, MiB",
+               ">allowed", ">off the planned peak, %", "`harness.check`")  # fmt: skip
+    return Table("", columns, tuple(lines)).markdown()
+
+
+def _planned(own: pd.DataFrame) -> str:
+    """Largest deviation of a peak from what the planner said, in per cent."""
+    both = own[own["predicted_peak_bytes"].notna() & own["peak_device_bytes"].notna()]
+    both = both[(both["status"] == both["predicted_status"]) & (both["predicted_peak_bytes"] > 0)]
+    off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs().max() * 100
+    return f"{off:.2f}" if known(off) else EMPTY
+
+
+SECTIONS: dict[str, Callable[[list[Run], list[str]], str]] = {
+    "sweeps": sweeps,
+    "claims": claims,
+    "trust": trust,
+}
+
+
+def renewed(page: Path) -> str:
+    """The page's text with every marked section made again.
+
+    Raises
+    ------
+    RunError
+        For a section of another name, or a folder that holds no run.
+    """
+
+    def made(match: re.Match[str]) -> str:
+        name, *folders = match["words"].split()
+        if name not in SECTIONS:
+            raise RunError(f"{page}: rows: {name}: allowed are {', '.join(SECTIONS)}")
+        runs = [load_run(page.parent / folder) for folder in folders]
+        return f"{match[1]}\n{SECTIONS[name](runs, folders)}\n\n{match[3]}"
+
+    return MARKED.sub(made, page.read_text(encoding="utf-8"))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrite the pages; 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m harness.pages",
+        description="Make the marked sections of Markdown pages again from the rows of runs.",
+        epilog="Exit status: 0, or 2 for bad input.",
+    )
+    parser.add_argument("pages", nargs="+", metavar="PAGE", type=Path, help="a Markdown page")
+    options = parser.parse_args(arguments)
+    try:
+        for page in options.pages:
+            write_file(page, renewed(page))
+    except (RunError, OSError) as error:
+        print(f"harness.pages: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
