@@ -18,22 +18,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from harness.admission import longest_admissible
 from harness.growth import Growth
 from harness.shares import Means, Parts, parts_of
 from harness.trace_file import Request
 from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
-
-
-def longest_admissible(strategy: Strategy, limit_tokens: int) -> int:
-    """The most tokens, up to the limit, of a request that the strategy would accept now."""
-    if strategy.can_admit(limit_tokens):
-        return limit_tokens
-    fits, exceeds = 0, limit_tokens
-    while exceeds - fits > 1:
-        middle = (fits + exceeds) // 2
-        fits, exceeds = (middle, exceeds) if strategy.can_admit(middle) else (fits, middle)
-    return fits
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from harness.batching import longest_admissible
+from harness.admission import longest_admissible
 from harness.growth import Growth
 from harness.shares import Means, Parts, snapshot
 from strategies.errors import OutOfMemory, Refused

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from harness.rows import Row
+from harness.sizes import GIB
 from harness.summary import admitted, started
 
-GIB = 1 << 30
 SUPPORTED, REFUTED, CONDITIONAL, UNDECIDED = "supported", "refuted", "conditional", "undecided"
 MILLIONS_10 = 10_000_000
 REPORTED_DEVICE_BYTES = 150_109_880_320  # an H200, as CUDA shows it

@@ -7,9 +7,7 @@ kill leaves behind of them without a row is dropped at the next start.
 from __future__ import annotations
 
 import contextlib
-import csv
 import fcntl
-import io
 import json
 import os
 import shutil
@@ -19,7 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.columns import COLUMNS, TIMELINE_COLUMNS, is_text, ordered
+from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
+from harness.csv_table import append_rows, has_columns, read_rows, rewrite_rows
 from harness.ranks_summary import complete
 from harness.rows import Row
 
@@ -167,9 +166,9 @@ class RunFolder:
                 (self.path / "logs").mkdir(exist_ok=True)
                 write_atomic(self.path / "logs" / f"{row['trial_id']}.txt", outcome.log)
         samples = (json.dumps(s) + "\n" for s in outcome.samples)
-        _append_csv(self.path / "timeline.csv", TIMELINE_COLUMNS, timeline)
+        append_rows(self.path / "timeline.csv", TIMELINE_COLUMNS, timeline)
         _append_lines(self.path / "samples.jsonl", samples)
-        _append_csv(self.path / "trials.csv", COLUMNS, rows)
+        append_rows(self.path / "trials.csv", COLUMNS, rows)
 
     def _guard(self, write: Any) -> None:  # noqa: ANN401
         try:
@@ -183,14 +182,14 @@ class RunFolder:
         False, and nothing is touched, when the tables have other columns than this version's.
         """
         trials, timeline = self.path / "trials.csv", self.path / "timeline.csv"
-        if not (_has_columns(trials, COLUMNS) and _has_columns(timeline, TIMELINE_COLUMNS)):
+        if not (has_columns(trials, COLUMNS) and has_columns(timeline, TIMELINE_COLUMNS)):
             return False
         shutil.rmtree(self.scratch, ignore_errors=True)
-        self.rows = complete(_read_csv(trials))
+        self.rows = complete(read_rows(trials))
         done = {str(r["trial_id"]) for r in self.rows}
-        _rewrite_csv(trials, COLUMNS, self.rows)
-        kept = [t for t in _read_csv(timeline) if t["trial_id"] in done]
-        _rewrite_csv(timeline, TIMELINE_COLUMNS, kept)
+        rewrite_rows(trials, COLUMNS, self.rows)
+        kept = [t for t in read_rows(timeline) if t["trial_id"] in done]
+        rewrite_rows(timeline, TIMELINE_COLUMNS, kept)
         samples = self.path / "samples.jsonl"
         if samples.exists():
             lines = samples.read_text(errors="replace").split("\n")
@@ -209,73 +208,8 @@ def _sample_of(line: str) -> str:
         return ""
 
 
-def _cell_text(value: object) -> object:
-    """A field of a CSV: a row is one line, so that half of one is seen."""
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else " " for c in value)
-    return repr(value) if isinstance(value, float) else value
-
-
-def _append_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    fresh = not path.exists() or path.stat().st_size == 0
-    with open(path, "a", newline="", encoding="utf-8") as out:
-        writer = csv.writer(out, lineterminator="\n")
-        if fresh:
-            writer.writerow(columns)
-        for row in rows:
-            writer.writerow([_cell_text(row.get(c)) for c in columns])
-        out.flush()
-        os.fsync(out.fileno())
-
-
 def _append_lines(path: Path, lines: Iterable[str]) -> None:
     with open(path, "a", encoding="utf-8") as out:
         out.writelines(lines)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _rewrite_csv(path: Path, columns: Sequence[str], rows: Iterable[Row]) -> None:
-    if path.exists():
-        temporary = path.with_name(f".{path.name}.new")
-        temporary.unlink(missing_ok=True)
-        _append_csv(temporary, columns, rows)
-        os.replace(temporary, path)
-
-
-def _lines(path: Path) -> list[list[str]]:
-    """The whole lines of a CSV: a last one that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
-
-
-def _has_columns(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a table has these columns; one without a header is as good as none."""
-    lines = _lines(path)
-    return not lines or tuple(lines[0]) == tuple(columns)
-
-
-def _read_csv(path: Path) -> list[Row]:
-    """Whole rows only: one that a kill cut off has too few fields, or no end."""
-    header, *lines = _lines(path) or [[]]
-    return [
-        {c: parse_field(c, v) for c, v in zip(header, line, strict=True)}
-        for line in lines
-        if len(line) == len(header)
-    ]
-
-
-def parse_field(column: str, text: str) -> object:
-    """A field of a CSV as it was: None, text, or a number."""
-    if text == "":
-        return None
-    if is_text(column):
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)

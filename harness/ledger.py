@@ -13,10 +13,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from harness.sizes import MIB
 from strategies.device import Device
 from strategies.strategy import Strategy
-
-MIB = 1 << 20
 
 
 class Ledger:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -69,7 +67,7 @@ def figure_memory(rows: pd.DataFrame) -> Figure:
 
 def _curves(axes: Axes, one: Series, notes: Notes) -> Line2D:
     """Draw a strategy's curve for each fill, the fullest on top; returns its legend entry."""
-    look = _look(one)
+    look = style.curve(one.strategy, one.turn)
     marks, fullest = 0, pd.Series(dtype=float)
     fills = sorted(one.rows["fill"].fillna(1).unique())
     for fill in fills:
@@ -96,18 +94,6 @@ def _curves(axes: Axes, one: Series, notes: Notes) -> Line2D:
         look |= {"marker": "X", "markersize": 6, "linestyle": ""}
         label += " (never ok)" if marks else " (no memory figure)"
     return Line2D([], [], label=style.plain(label), **look)
-
-
-def _look(one: Series) -> dict[str, Any]:
-    colour, marker = style.look(one.strategy)
-    broad = one.strategy in ("static", "sglang")
-    return {
-        "color": colour,
-        "marker": marker,
-        "markersize": 7 if broad else 4,
-        "linewidth": 2.6 if broad else 1.2,
-        "linestyle": style.LINES[one.turn % len(style.LINES)],
-    }
 
 
 def _per_context(rows: pd.DataFrame, column: str) -> pd.Series:

@@ -60,16 +60,8 @@ def figure_throughput(rows: pd.DataFrame) -> Figure:
 
 
 def _look(one: Series) -> dict[str, Any]:
-    colour, marker = style.look(one.strategy)
-    broad = one.strategy in ("static", "sglang")
-    return {
-        "color": colour,
-        "marker": marker,
-        "markersize": 7 if broad else 4,
-        "linewidth": 2.6 if broad else 1.2,
-        "linestyle": style.LINES[one.turn % len(style.LINES)],
-        "markerfacecolor": colour if one.turn == 0 else "white",
-    }
+    look = style.curve(one.strategy, one.turn)
+    return look | {"markerfacecolor": look["color"] if one.turn == 0 else "white"}
 
 
 def _rate(axes: Axes, one: Series, column: str) -> int:

@@ -7,12 +7,10 @@ and objects of the wrong shape raise :class:`RunError`, whose message is one cle
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import stat
 import tempfile
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 import pandas as pd
 
 from harness.columns import ADDED_LATER, COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
+from harness.csv_table import parse_lines, whole_lines
 
 MAX_FILE_BYTES = 512 << 20
 SCHEMA = 1
@@ -70,7 +69,7 @@ class Run:
         path = self.folder / "samples.jsonl"
         if not path.exists():
             return []
-        lines, _ = _whole_lines(read_text(path, self.folder))
+        lines = whole_lines(read_text(path, self.folder))[0].split("\n")
         return [_object(line, f"{path.name} line {n}") for n, line in enumerate(lines, 1) if line]
 
 
@@ -232,33 +231,25 @@ def write_file(path: Path, data: str | bytes) -> Path:
     return path
 
 
-def _whole_lines(text: str) -> tuple[list[str], bool]:
-    """Return the complete lines, and whether a last one was cut off by a kill."""
-    lines = text.split("\n")
-    return lines[:-1], bool(lines[-1])
-
-
 def _table(folder: Path, name: str, columns: tuple[str, ...], notes: list[str]) -> pd.DataFrame:
     where = f"{folder.name}/{name}"
-    lines, cut = _whole_lines(read_text(folder / name, folder))
+    text, cut = whole_lines(read_text(folder / name, folder))
     if cut:
         notes.append(f"{name}: the last line was cut off and is left out")
     try:
-        header = next(csv.reader(lines[:1]), [])
-        if len(set(header)) != len(header):
-            raise RunError(f"{where}: a column appears twice")
-        missing = [c for c in REQUIRED_COLUMNS if c not in header]
-        if name == "trials.csv" and missing:
-            raise RunError(f"{where}: no column {missing[0]}; allowed: a table of trials")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            out = pd.read_csv(
-                io.StringIO("\n".join(lines)), dtype=str, na_filter=False, index_col=False
-            )
-    except (ValueError, csv.Error, Warning) as error:
-        if isinstance(error, RunError):
-            raise
+        header, *lines = [line for line in parse_lines(text, strict=True) if line] or [[]]
+    except csv.Error as error:
         raise RunError(f"{where}: not a table ({clean(error)})") from None
+    if len(set(header)) != len(header):
+        raise RunError(f"{where}: a column appears twice")
+    missing = [c for c in REQUIRED_COLUMNS if c not in header]
+    if name == "trials.csv" and missing:
+        raise RunError(f"{where}: no column {missing[0]}; allowed: a table of trials")
+    longest = max(map(len, lines), default=0)
+    if longest > len(header):
+        raise RunError(f"{where}: not a table ({longest} fields under {len(header)} columns)")
+    padded = [line + [""] * (len(header) - len(line)) for line in lines]
+    out = pd.DataFrame(padded, columns=header, dtype=object)
     absent = [c for c in columns if c not in header and c not in ADDED_LATER]
     if absent:
         notes.append(f"{name}: no column {', '.join(absent)}")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from harness.sizes import BadValue
 
@@ -17,6 +19,28 @@ MAX_LOG_BYTES = 64 << 20
 MAX_CONFIG_BYTES = 1 << 20
 MAX_JSON_DEPTH = 16
 MAX_LINE_CHARACTERS = 1 << 16
+
+
+@contextmanager
+def opened(path: str | Path, key: str, allowed: str) -> Iterator[tuple[IO[bytes], os.stat_result]]:
+    """A regular file and what is known of it; never waits for a pipe or a device.
+
+    Raises
+    ------
+    BadValue
+        For a file that is missing or no regular one; ``key`` names it, ``allowed`` is what may be.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such file"
+        raise BadValue(key, path, f"{allowed} ({reason.lower()})") from None
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise BadValue(key, path, f"{allowed} (not a regular file)")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file, found
 
 
 def read_text(path: str | Path, key: str, limit_bytes: int) -> str:
@@ -35,16 +59,7 @@ def read_text(path: str | Path, key: str, limit_bytes: int) -> str:
         For a file that is missing, no regular file, too large, or not text.
     """
     allowed = f"a text file of up to {limit_bytes >> 20} MiB"
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no such file"
-        raise BadValue(key, path, f"{allowed} ({reason.lower()})") from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise BadValue(key, path, f"{allowed} (not a regular file)")
-    with os.fdopen(descriptor, "rb") as file:
+    with opened(path, key, allowed) as (file, found):
         if found.st_size > limit_bytes:
             raise BadValue(key, path, f"{allowed} (it has {found.st_size:,} bytes)")
         data = file.read(limit_bytes + 1)[:limit_bytes]

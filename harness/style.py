@@ -102,6 +102,19 @@ def look(strategy: str) -> tuple[str, str]:
     return _STRATEGY.get(strategy) or _OTHERS[sum(strategy.encode()) % len(_OTHERS)]
 
 
+def curve(strategy: str, turn: int) -> dict[str, Any]:
+    """Return how a strategy's ``turn``-th curve is drawn; a pre-allocating one is broad."""
+    colour, marker = look(strategy)
+    broad = strategy in ("static", "sglang")
+    return {
+        "color": colour,
+        "marker": marker,
+        "markersize": 7 if broad else 4,
+        "linewidth": 2.6 if broad else 1.2,
+        "linestyle": LINES[turn % len(LINES)],
+    }
+
+
 def plain(text: object) -> str:
     """Return text as matplotlib prints it literally: a ``$`` would begin a formula."""
     return str(text).replace("$", r"\$")

@@ -7,8 +7,9 @@ import math
 import textwrap
 from dataclasses import dataclass, field
 
+from harness import sizes
 from harness.runs import clean
-from harness.sizes import GIB, MIB
+from harness.sizes import MIB
 
 EMPTY = "–"
 
@@ -163,8 +164,8 @@ def known(value: object) -> bool:
 
 
 def gib(nbytes: float) -> str:
-    """Bytes as ``80.04 GiB`` (GiB is 2**30 bytes)."""
-    return f"{nbytes / GIB:.2f} GiB" if known(nbytes) else EMPTY
+    """Bytes as ``80.04 GiB`` (GiB is 2**30 bytes); ``–`` for what is no number."""
+    return sizes.gib(nbytes) if known(nbytes) else EMPTY
 
 
 def scaled_bytes(nbytes: float, scale: float) -> str:

@@ -14,18 +14,16 @@ import gzip
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from harness.safe_text import opened
 from harness.sizes import LARGEST_CONTEXT_TOKENS, BadValue
 
 KEY = "workload.path"
@@ -99,7 +97,7 @@ def read_trace(path: str | Path | None = None, limit: int | None = None) -> Trac
         One line: what is wrong, in which line of the file.
     """
     file = SAMPLE if path is None else Path(path).expanduser()
-    with _opened(file) as (source, found):
+    with opened(file, KEY, _ALLOWED) as (source, found):
         del source
         state = (found.st_size, found.st_mtime_ns, found.st_ino)
     return _read(file, limit, state)
@@ -112,7 +110,7 @@ def _read(file: Path, limit: int | None, state: tuple[int, ...]) -> Trace:
     digest = hashlib.sha256()
     found: list[tuple[float, int, int]] = []
     hashes = _Hashes()
-    with _opened(file) as (source, _):
+    with opened(file, KEY, _ALLOWED) as (source, _):
         lines = _lines(source, file, digest.update)
         number, first = next(lines, (1, ""))
         if not first:
@@ -159,22 +157,6 @@ class _Hashes:
         before = len(self._seen)
         self._seen.update(ids)
         self.repeated += len(ids) - (len(self._seen) - before)
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[tuple[IO[bytes], os.stat_result]]:
-    """The regular file behind a path; never waits for a pipe or a device."""
-    try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no such file"
-        raise BadValue(KEY, file, f"{_ALLOWED} ({reason.lower()})") from None
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        os.close(descriptor)
-        raise BadValue(KEY, file, f"{_ALLOWED} (not a regular file)")
-    with os.fdopen(descriptor, "rb") as source:
-        yield source, found
 
 
 def _lines(

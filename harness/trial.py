@@ -12,6 +12,7 @@ from typing import Any
 
 from harness.cell import Cell
 from harness.devices import open_device
+from harness.ends import memory_end, oom_end, refused_end
 from harness.faults import strike
 from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
@@ -22,7 +23,6 @@ from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, connect
 from harness.rows import Row, identity
 from harness.settings import Settings
-from harness.sizes import printable
 from harness.workload import account
 from harness.workspace import Workspace, allocate_workspace
 from strategies.device import Device
@@ -85,23 +85,14 @@ class Trial:
                 pending.pop(0)
             self._part()
         except OutOfMemory as refused:
-            self._end_all(pending, self._oom(refused))
+            self.ledger.note(refused.phase, f"refused {refused.refused_bytes} bytes")
+            self._end_all(pending, oom_end(refused))
         except Refused as refused:
-            ended = {
-                "status": "refused",
-                "oom_phase": refused.phase,
-                "oom_allocation": refused.allocation,
-                "oom_source": self.settings.strategy,
-                "oom_requested_bytes": refused.requested_bytes,
-                "oom_free_bytes": refused.free_bytes,
-                "resident_limited_by": "refused",
-                "error": str(refused),
-            }
-            self._end_all(pending, ended)
+            self._end_all(pending, refused_end(refused, self.settings.strategy))
         except EndedByPeer:
             self._end_all(pending, {"status": ENDED_BY_PEER})
         except Exception as error:
-            found = self._memory_ran_out(error)
+            found = memory_end(error, self.phase, self.device)
             if found is None and self.group is not None and self.team.broken():
                 found = {"status": ENDED_BY_PEER}
             if found is None:
@@ -218,34 +209,6 @@ class Trial:
                 last=len(self.cells) == 1,
             )
         return ended
-
-    def _oom(self, refused: OutOfMemory) -> dict[str, Any]:
-        self.ledger.note(refused.phase, f"refused {refused.refused_bytes} bytes")
-        return {
-            "status": "oom",
-            "oom_phase": refused.phase,
-            "oom_allocation": refused.allocation,
-            "oom_source": refused.source,
-            "oom_requested_bytes": refused.requested_bytes,
-            "oom_free_bytes": refused.free_bytes,
-            "resident_limited_by": "oom",
-        }
-
-    def _memory_ran_out(self, error: Exception) -> dict[str, Any] | None:
-        """How a trial ended whose torch, or whose host, had no memory; None for other errors."""
-        if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-            return {"status": "oom_host", "error": printable(error) or "host memory"}
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, not imported for its name
-            return None
-        return {
-            "status": "oom",
-            "oom_phase": self.phase,
-            "oom_allocation": "torch",
-            "oom_source": "torch",
-            "oom_free_bytes": self.device.free_bytes() if self.device else None,
-            "resident_limited_by": "oom",
-            "error": printable(error)[:300],
-        }
 
     def _end_all(self, pending: list[Cell], ended: dict[str, Any]) -> None:
         for cell in pending:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from strategies.chunk_map import ChunkMap
+from strategies.chunked_arena import ChunkedArena
 from strategies.host_memory import PAGE_BYTES, HostMapping
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from strategies.device_host import HostDevice
 
 
-class HostArena:
+class HostArena(ChunkedArena):
     """Anonymous host memory of which whole chunks are resident.
 
     Parameters
@@ -33,28 +33,10 @@ class HostArena:
     fresh_is_zero = True
 
     def __init__(self, device: HostDevice, reserve_bytes: int, chunk_bytes: int) -> None:
-        if chunk_bytes % PAGE_BYTES:
-            raise ValueError(f"chunk_bytes={chunk_bytes}: must be a multiple of {PAGE_BYTES}")
+        super().__init__(reserve_bytes, chunk_bytes, PAGE_BYTES)
         self._device = device
-        self._map = ChunkMap(reserve_bytes, chunk_bytes)
-        self._memory = HostMapping(self._map.reserved_bytes)
-        self._u8: torch.Tensor | None = None
+        self._memory = HostMapping(self.reserved_bytes)
         device.track(self._memory)
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of address space."""
-        return self._map.reserved_bytes
-
-    @property
-    def committed_bytes(self) -> int:
-        """Bytes of chunks that are committed."""
-        return self._map.backed_bytes
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
-        return self._map.chunk_bytes
 
     @property
     def np(self) -> npt.NDArray[np.uint8]:
@@ -122,7 +104,6 @@ class HostArena:
         if not self._memory.nbytes:
             return
         self._device.give(self.committed_bytes)
-        self._map = ChunkMap(0, self.chunk_bytes)
-        self._u8 = None
+        self._empty()
         self._device.forget(self._memory)
         self._memory.close()

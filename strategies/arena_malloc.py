@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from strategies.chunk_map import ChunkMap
+from strategies.chunked_arena import ChunkedArena
 
 if TYPE_CHECKING:
     import torch
 
 
-class MallocArena:
+class MallocArena(ChunkedArena):
     """Backed in one piece by ``torch.empty`` at the first commit of anything.
 
-    From then on everything is committed, ``commit`` is bookkeeping, and ``decommit`` gives nothing
-    back before :meth:`close`.
+    Nothing is committed before that, everything from then on: ``commit`` is bookkeeping, and
+    ``decommit`` gives nothing back before :meth:`close`.
 
     Parameters
     ----------
@@ -29,7 +29,6 @@ class MallocArena:
     """
 
     kind = "malloc"
-    fresh_is_zero = False
 
     def __init__(
         self,
@@ -38,24 +37,8 @@ class MallocArena:
         chunk_bytes: int,
         released: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__(reserve_bytes, chunk_bytes)
         self._allocate, self._released = allocate, released
-        self._map = ChunkMap(reserve_bytes, chunk_bytes)
-        self._u8: torch.Tensor | None = None
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes that the first commit allocates."""
-        return self._map.reserved_bytes
-
-    @property
-    def committed_bytes(self) -> int:
-        """Nothing before the first commit, everything after it."""
-        return self._map.backed_bytes
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
-        return self._map.chunk_bytes
 
     @property
     def u8(self) -> torch.Tensor:
@@ -81,13 +64,9 @@ class MallocArena:
         """Give nothing back: one allocation cannot shrink. Returns 0."""
         return 0
 
-    def zero(self, lo: int, hi: int) -> None:
-        """Fill committed bytes [lo, hi) with zeros."""
-        self.u8[lo:hi].zero_()
-
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
         if self._u8 is not None:
             self._u8 = None
             self._released()
-        self._map = ChunkMap(0, self.chunk_bytes)
+        self._empty()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from strategies.chunk_map import ChunkMap
+from strategies.chunked_arena import ChunkedArena
 from strategies.dlpack import KDL_CUDA, u8_view
 from strategies.driver_memory import DriverMemory, DriverRefusal
 from strategies.errors import OutOfMemory
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class MappedArena:
+class MappedArena(ChunkedArena):
     """Chunks of ``cuMemCreate`` memory in one ``cuMemAddressReserve`` range.
 
     Addresses never move, so captured graphs and descriptors survive growth; unmap nothing that a
@@ -40,7 +40,6 @@ class MappedArena:
     """
 
     kind = "mapped"
-    fresh_is_zero = False
 
     def __init__(
         self,
@@ -51,38 +50,18 @@ class MappedArena:
         device_id: int = 0,
         device_type: int = KDL_CUDA,
     ) -> None:
-        if chunk_bytes % memory.granularity_bytes:
-            raise ValueError(
-                f"chunk_bytes={chunk_bytes}: must be a multiple of {memory.granularity_bytes}"
-            )
+        super().__init__(reserve_bytes, chunk_bytes, memory.granularity_bytes)
         self._memory, self._synchronize = memory, synchronize
         self._device_id, self._device_type = device_id, device_type
-        self._map = ChunkMap(reserve_bytes, chunk_bytes)
         self._base = self._reserve_range()
-        self._u8: torch.Tensor | None = None
 
     def _reserve_range(self) -> int:
-        nbytes = self._map.reserved_bytes
+        nbytes = self.reserved_bytes
         try:
             return self._memory.reserve(nbytes)
         except DriverRefusal as refusal:
             free = self._memory.free_bytes()
             raise OutOfMemory("pool", "kv_address_space", nbytes, free) from refusal
-
-    @property
-    def reserved_bytes(self) -> int:
-        """Bytes of address space."""
-        return self._map.reserved_bytes
-
-    @property
-    def committed_bytes(self) -> int:
-        """Bytes of chunks that are mapped."""
-        return self._map.backed_bytes
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Bytes of a chunk."""
-        return self._map.chunk_bytes
 
     @property
     def u8(self) -> torch.Tensor:
@@ -140,10 +119,6 @@ class MappedArena:
                 self._map.mark([(chunk, chunk + 1)], False)
         return sum(b - a for a, b in inside) * self.chunk_bytes
 
-    def zero(self, lo: int, hi: int) -> None:
-        """Fill committed bytes [lo, hi) with zeros, on torch's current stream."""
-        self.u8[lo:hi].zero_()
-
     def close(self) -> None:
         """Give everything back, address space included; a second call does nothing.
 
@@ -152,11 +127,10 @@ class MappedArena:
         if not self._base:
             return
         self.decommit(0, self.reserved_bytes)
-        self._u8 = None
         self._memory.attach()
         self._memory.free_range(self._base, self.reserved_bytes)
         self._base = 0
-        self._map = ChunkMap(0, self.chunk_bytes)
+        self._empty()
 
     def _unmap(self, chunks: list[int]) -> None:
         """Unmap chunks, each a whole mapping."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from strategies import sizing
 from strategies.device import Device
-from strategies.errors import Refused
 from strategies.growing import GrowingStrategy, check_budget
 from strategies.model import KVModel
 
@@ -55,23 +54,17 @@ class EagerPages(GrowingStrategy):
             self.model, nbytes, self.context_tokens, self.sequences, self.step_tokens
         )
         if not all(chunks):
-            raise Refused(
-                "pool",
-                "kv_pool",
-                sizing.pool_bytes(self.model, 1),
+            raise self._no_room(
                 nbytes,
                 f"mem_fraction={self.mem_fraction}: leaves no room for a chunk of every group",
             )
         return chunks
 
-    def _commit_pool(self) -> int:
-        return self._commit_all()
-
     def can_admit(self, tokens: int) -> bool:
         """Whether the free pages hold ``tokens`` tokens."""
         with self._lock:
             self._check_started()
-            if not 1 <= tokens <= self.context_tokens or len(self._open) >= self.sequences:
+            if not self._may_open(tokens):
                 return False
             return all(
                 pool.group.pages(sizing.window_tokens(pool.group, tokens))

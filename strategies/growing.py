@@ -18,6 +18,10 @@ def check_budget(mem_fraction: float, workspace_reserve_bytes: int) -> None:
 class GrowingStrategy(PooledStrategy):
     """A strategy that assigns pages on demand and takes back those behind a window."""
 
+    def _may_open(self, tokens: int) -> bool:
+        """Whether a request is no longer than the context, and the tables have a row for it."""
+        return 1 <= tokens <= self.context_tokens and len(self._open) < self.sequences
+
     def extend(self, sequence: int, tokens: int) -> int:
         """Make room for ``tokens`` more tokens; returns the bytes newly committed.
 

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from kernels.view import Geometry
 
-MIB = 1 << 20
-GIB = 1 << 30
-MAP_GRANULARITY_BYTES = 2 * MIB
-CHUNK_TARGET_BYTES = 64 * MIB
+MAP_GRANULARITY_BYTES = 2 << 20
+CHUNK_TARGET_BYTES = 64 << 20
 
 
 def chunk_pages(page_bytes: int, chunk_target_bytes: int = CHUNK_TARGET_BYTES) -> int:

@@ -127,7 +127,7 @@ class Paged(GrowingStrategy):
         """Whether ``tokens`` tokens fit into free committed pages and free device memory."""
         with self._lock:
             self._check_started()
-            if not 1 <= tokens <= self.context_tokens or len(self._open) >= self.sequences:
+            if not self._may_open(tokens):
                 return False
             needed, spare = 0, 0
             for pool in self.pools:

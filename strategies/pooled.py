@@ -75,8 +75,8 @@ class PooledStrategy(Strategy):
         """Chunks of address space per layer group; may raise ``Refused``."""
 
     def _commit_pool(self) -> int:
-        """Commit what is committed at start-up; returns the bytes. Nothing unless overridden."""
-        return 0
+        """Commit what is committed at start-up; returns the bytes. All unless overridden."""
+        return self._commit_all()
 
     def start(self) -> None:
         """Allocate the page tables (phase ``tables``), then the pool (phase ``pool``).
@@ -121,6 +121,10 @@ class PooledStrategy(Strategy):
                 source=refusal.source,
                 refused_bytes=refusal.refused_bytes,
             ) from refusal
+
+    def _no_room(self, free_bytes: int, why: str) -> Refused:
+        """The sizing rule leaves no room for the pool; ``why`` names its key."""
+        return Refused("pool", "kv_pool", sizing.pool_bytes(self.model, 1), free_bytes, why)
 
     def open(self, sequence: int, max_tokens: int) -> None:
         """Begin a sequence; nothing is committed.

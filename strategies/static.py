@@ -87,17 +87,11 @@ class Static(PooledStrategy):
         )
         tokens = sizing.budget_tokens(self.model, nbytes)
         if tokens < 1:
-            raise Refused(
-                "pool",
-                "kv_pool",
-                sizing.pool_bytes(self.model, 1),
+            raise self._no_room(
                 max(0, nbytes),
                 f"mem_fraction={self.mem_fraction}: leaves no room for the KV pool; raise it",
             )
         return tokens
-
-    def _commit_pool(self) -> int:
-        return self._commit_all()
 
     def can_admit(self, tokens: int) -> bool:
         """Whether a slot that holds ``tokens`` tokens is free."""

@@ -1,4 +1,4 @@
-"""The ``gpu`` marker: tests that run real kernels, skipped where there is no CUDA device."""
+"""The ``gpu`` marker, for tests that run real kernels; and kernels compiled from the start on."""
 
 from __future__ import annotations
 
@@ -20,3 +20,22 @@ def pytest_collection_modifyitems(items):
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in marked:
         item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_ahead(request):
+    """Compile beside the first tests, where a chosen test reads machine code."""
+    if not any("machine_code" in item.fixturenames for item in request.session.items):
+        yield None
+        return
+    from tests.kernels.machine_code import MachineCode
+
+    made = MachineCode()
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def machine_code(_compiled_ahead):
+    """``machine_code[job]``: kernels as ptxas made them for sm_90, with their instructions."""
+    return _compiled_ahead

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.columns import COLUMNS
-from harness.folder import parse_field
+from harness.csv_table import parse_field
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_SECONDS = 180

@@ -1,12 +1,14 @@
-"""Runs that several tests read: each takes seconds, so each is made once, two at a time."""
+"""Runs that several tests read, each made once, beside other tests; files for harness.explain."""
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from tests.harness.command import QUICK, run
+from tests.harness.explain_case import ONE_RANK
 
 # Three sequences in a fixed pool and in pages; a model with local layers, filled beyond its window.
 TIMED_ARMS = [
@@ -38,6 +40,18 @@ RUNS = {
         "fill=1",
         "trial.max_samples=2",
     ),
+    # One model on 1 and 2 ranks that run, and on more that are planned; nothing is timed.
+    "scaled": (
+        "experiment=scaling",
+        "model=qwen3_30b_a3b",
+        "hardware=scale_model",
+        "context=1M",
+        "hardware.capacity=8GiB",
+        "model.weights_per_rank=1GiB",
+        "parallel.plan_beyond=2",
+        "fill=0",
+        "trial.timing=false",
+    ),
     # Trials that a signal, or the host's memory, ends, and one that hides an allocation.
     "died": (
         *QUICK,
@@ -57,11 +71,16 @@ RUNS = {
 }
 
 
-@pytest.fixture(scope="session")
+def pytest_collection_modifyitems(items):
+    """Tests that read those runs come last: the runs are made while others are tested."""
+    items.sort(key=lambda item: not RUNS.keys().isdisjoint(item.fixturenames))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def made(request, tmp_path_factory):
     """Those of the runs that the chosen tests read, as futures."""
     wanted = {name for item in request.session.items for name in item.fixturenames}
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(1) as pool:
         yield {
             name: pool.submit(run, tmp_path_factory.mktemp(name) / "runs", *words)
             for name, words in RUNS.items()
@@ -80,6 +99,11 @@ def timed(made):
 
 
 @pytest.fixture(scope="session")
+def scaled(made):
+    return made["scaled"].result()
+
+
+@pytest.fixture(scope="session")
 def died(made):
     return made["died"].result()
 
@@ -87,3 +111,27 @@ def died(made):
 @pytest.fixture(scope="session")
 def failed(made):
     return made["failed"].result()
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    """Writes a config.json of ``explain_case.ONE_RANK``, changed as told; its path."""
+
+    def write(name="config.json", **changed):
+        path = tmp_path / name
+        path.write_text(json.dumps({**ONE_RANK, **changed}))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def log_file(tmp_path):
+    """Writes an engine's log; its path."""
+
+    def write(text, name="start.log"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return str(path)
+
+    return write

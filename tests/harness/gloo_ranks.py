@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from harness.ranks import Place, share_tokens
+from harness.ranks_buffers import make_buffers
 from harness.ranks_group import Collectives, Sizes
-from harness.ranks_step import Exchange, make_buffers, project
+from harness.ranks_step import Exchange, project
 from kernels import ops
 from kernels.reference import attention, dequantise, quantise
 from kernels.view import Geometry

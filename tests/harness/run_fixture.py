@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
+from harness.sizes import GIB
 
-GIB = 1 << 30
 GPU_UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE_BYTES = 149_557_477_376
 CONTEXTS = (100_000, 1_000_000, 5_000_000, 10_000_000)

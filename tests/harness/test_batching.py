@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness.batching import Batch, longest_admissible
+from harness.admission import longest_admissible
+from harness.batching import Batch
 from harness.shares import Means, parts_of
 from harness.trace_file import Request
 from strategies.device_host import HostDevice

@@ -9,6 +9,7 @@ import signal
 import pytest
 
 from harness.columns import PERFORMANCE
+from harness.sizes import MIB
 from tests.harness.command import (
     QUICK,
     is_gone,
@@ -20,8 +21,6 @@ from tests.harness.command import (
     trial_process,
     until,
 )
-
-MIB = 1 << 20
 
 
 def by_fault(ended):

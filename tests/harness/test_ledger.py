@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.ledger import Ledger, tolerance_bytes
+from harness.sizes import MIB
 from strategies.device_host import HostDevice
 
-MIB = 1 << 20
 PHASES = ("weights", "pool", "fill")
 
 

@@ -17,13 +17,13 @@ from harness.planner_changes import smallest_change
 from harness.planner_spec import PlanSpec
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
-from strategies.engine_model import GIB, MIB, EngineModel
+from strategies.engine_model import GIB, MIB
 from strategies.errors import OutOfMemory, Refused
 from strategies.model import KVModel, LayerGroup
 from strategies.registry import build
 from strategies.sizing import page_table_bytes
+from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
-H200_BYTES = 143_156 * MIB
 # One layer, one head of 64 in FP8: 128 bytes a token, 16 KiB a page, 4 pages a chunk.
 PLAIN = KVModel("plain", (LayerGroup("full", Geometry(1, 1, 8, 64), 4),))
 HYBRID = KVModel(
@@ -33,16 +33,6 @@ HYBRID = KVModel(
         LayerGroup("local", Geometry(1, 1, 8, 48), 4, window_tokens=1024),
     ),
 )
-ONE_RANK = EngineModel(
-    layers=48,
-    kv_heads=1,
-    q_heads=8,
-    head_dim=128,
-    weights_bytes=round(3.99 * GIB),
-    hidden_size=1024,
-    intermediate_size=13312,
-)
-TWO_HEADS = replace(ONE_RANK, kv_heads=2)
 ENGINE_SCALE = 192 * 64
 
 

@@ -13,9 +13,8 @@ from harness.plots_phases import figure_phases, stack_of, whole_ledgers
 from harness.plots_throughput import figure_throughput
 from harness.runs import RunError, frame
 from harness.series import series
+from harness.sizes import GIB
 from tests.harness.run_fixture import SUMMARY, bracket, cell, events, legend, sweep, texts
-
-GIB = 1 << 30
 
 
 def timeline(rows):

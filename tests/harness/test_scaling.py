@@ -13,21 +13,14 @@ from harness.plots_scaling import figure_capacity_over_ranks
 from harness.ranks_scaling import gains, scaling, scaling_table
 from harness.runs import load_run
 from harness.validate import compose_settings
-from tests.harness.ranks_fixture import LIMIT_SECONDS, ranks, rows_of, start
+from tests.harness.ranks_fixture import ranks, rows_of
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The experiment on one model: 1 and 2 ranks run, more are planned; nothing is timed."""
-    results = tmp_path_factory.mktemp("scaling") / "runs"
-    words = ["experiment=scaling", "model=qwen3_30b_a3b", "hardware=scale_model", "context=1M"]
-    words += ["hardware.capacity=8GiB", "model.weights_per_rank=1GiB", "parallel.plan_beyond=2"]
-    words += ["fill=0", "trial.timing=false", f"results={results}"]
-    process = start(["-m", "harness", *words], results.parent)
-    said = process.communicate(timeout=LIMIT_SECONDS)[0]
-    assert process.returncode == 0, said
-    (manifest,) = results.glob("*/*/manifest.json")
-    return load_run(manifest.parent), said
+def run(scaled):
+    """The experiment's run, and what the command said."""
+    assert scaled.code == 0, scaled.err
+    return load_run(scaled.folder), scaled.out
 
 
 def records(run) -> list[dict]:

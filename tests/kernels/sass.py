@@ -3,6 +3,8 @@
 ``capture()`` turns every launch inside it into a compilation with exactly the arguments, the
 specialisation and the options of that launch: the test calls the kernels' public wrappers on CPU
 tensors and asserts on what the GPU would have run. Triton and Gluon kernels work alike.
+``compile_all()`` does so in processes of its own and reads the instructions of all at once:
+starting the disassembler takes longer than reading a kernel.
 
 A process in which ``TRITON_INTERPRET`` is set cannot compile, so these tests run without it.
 """
@@ -12,11 +14,12 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import struct
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,27 +45,23 @@ class StandInDriver:
         return 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Compiled:
     """One kernel as ptxas made it for sm_90."""
 
     name: str
-    grid: Any
     registers: int
     stack_bytes: int
     shared_bytes: int
     num_warps: int
     log: str
-    opcodes: Counter[str] = field(repr=False)
-    asm: Any = field(repr=False)
+    ptx: str = field(repr=False)
+    code: bytes = field(repr=False)  # its instructions, 16 bytes each
+    opcodes: Counter[str] = field(default_factory=Counter, repr=False)  # filled by disassemble()
 
     def count(self, opcode: str) -> int:
         """Instructions whose name is ``opcode``, with any modifiers: ``count("QGMMA")``."""
         return sum(n for name, n in self.opcodes.items() if name.split(".")[0] == opcode)
-
-    def summary(self) -> Compiled:
-        """The same without the compiler's artefacts, so that it can cross processes."""
-        return replace(self, grid=None, asm=None)
 
     @property
     def warnings(self) -> list[str]:
@@ -70,34 +69,53 @@ class Compiled:
         return [line for line in self.log.splitlines() if "warning" in line or "C75" in line]
 
 
-def _sass(cubin: bytes) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+def _code(cubin: bytes) -> bytes:
+    """The text sections of a 64-bit ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    count, of_names = struct.unpack_from("<HH", cubin, 0x3C)
+    # Name, type, flags, address, offset, size and four more fields.
+    headers = [struct.unpack_from("<IIQQQQIIQQ", cubin, table + 64 * i) for i in range(count)]
+    names = headers[of_names][4]
+    return b"".join(
+        cubin[h[4] : h[4] + h[5]] for h in headers if cubin[names + h[0] :].startswith(b".text.")
+    )
+
+
+def disassemble(kernels: list[Compiled]) -> None:
+    """Count the instructions of each kernel, reading all of them in one go."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".raw") as file:
+        file.write(b"".join(kernel.code for kernel in kernels))
         file.flush()
-        return subprocess.run(
-            [str(tool), "-sass", file.name], check=True, capture_output=True, text=True
+        text = subprocess.run(
+            [str(tool), "-b", "SM90a", file.name], check=True, capture_output=True, text=True
         ).stdout
-
-
-def read(kernel: Any, log: str, grid: Any = None) -> Compiled:
-    """Read a compiled kernel: registers, stack, shared memory and instruction counts."""
-    text = _sass(kernel.asm["cubin"])
     pattern = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]*)"
+    found = re.findall(pattern, text, re.M)
+    if 16 * len(found) != sum(len(kernel.code) for kernel in kernels):
+        raise AssertionError("the disassembler did not read every instruction")
+    at = 0
+    for kernel in kernels:
+        end = at + len(kernel.code) // 16
+        kernel.opcodes = Counter(found[at:end])
+        at = end
+
+
+def read(kernel: Any, log: str) -> Compiled:
+    """Read a compiled kernel: registers, stack and shared memory."""
     used = re.search(r"Used (\d+) registers", log)
     stack = re.search(r"(\d+) bytes stack frame", log)
     if used is None or stack is None:
         raise AssertionError(f"ptxas left no resource usage for {kernel.name}: {log!r}")
     return Compiled(
         name=kernel.name,
-        grid=grid,
         registers=int(used[1]),
         stack_bytes=int(stack[1]),
         shared_bytes=kernel.metadata.shared,
         num_warps=kernel.metadata.num_warps,
         log=log,
-        opcodes=Counter(re.findall(pattern, text, re.M)),
-        asm=kernel.asm,
+        ptx=kernel.asm["ptx"],
+        code=_code(kernel.asm["cubin"]),
     )
 
 
@@ -121,7 +139,7 @@ def capture() -> Iterator[list[Compiled]]:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in seen:
             seen.add(id(kernel))
-            launches.append(read(kernel, log.getvalue(), grid))
+            launches.append(read(kernel, log.getvalue()))
         return kernel
 
     driver.set_active(StandInDriver())

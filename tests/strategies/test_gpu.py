@@ -4,8 +4,9 @@ import pytest
 
 from kernels.view import Geometry
 from strategies import registry
+from strategies.engine_model import GIB, MIB
 from strategies.errors import OutOfMemory
-from strategies.model import GIB, MIB, KVModel, LayerGroup, chunk_pages
+from strategies.model import KVModel, LayerGroup, chunk_pages
 from tests.strategies.small_models import Events
 
 pytestmark = pytest.mark.gpu

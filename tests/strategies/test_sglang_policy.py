@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from strategies.engine_model import GIB, MIB, EngineModel
+from strategies.engine_model import GIB
 from strategies.sglang_flags import SGLangFlags, resolve
 from strategies.sglang_policy import (
     pool_sizes,
@@ -12,19 +12,9 @@ from strategies.sglang_policy import (
     sglang_plan,
 )
 from strategies.sglang_tables import VERSIONS, decode_graph_batches, piecewise_sizes, request_table
+from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
-H200_BYTES = 143_156 * MIB
 FREE_BYTES = H200_BYTES - 552_402_944  # beside a bare CUDA context
-ONE_RANK = EngineModel(
-    layers=48,
-    kv_heads=1,
-    q_heads=8,
-    head_dim=128,
-    weights_bytes=round(3.99 * GIB),
-    hidden_size=1024,
-    intermediate_size=13312,
-)
-TWO_HEADS = dataclasses.replace(ONE_RANK, kv_heads=2)
 SCOUT = dataclasses.replace(
     ONE_RANK, window_layers=36, window_tokens=8192, q_heads=5, tensor_parallel=8
 )

@@ -1,31 +1,19 @@
 """The emulations of SGLang and vLLM on the scale model: they fail where the engines fail."""
 
-import dataclasses
-
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
-from strategies.engine_model import GIB, MIB, EngineModel
+from strategies.engine_model import GIB
 from strategies.errors import OutOfMemory, Refused
 from strategies.model import KVModel, LayerGroup
 from strategies.sglang import SGLang
 from strategies.vllm import VLLM
+from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
 SCALE = 192 * 64  # 11.6 MiB of host memory stand for an H200
-H200_BYTES = 143_156 * MIB
-ONE_RANK = EngineModel(
-    layers=48,
-    kv_heads=1,
-    q_heads=8,
-    head_dim=128,
-    weights_bytes=round(3.99 * GIB),
-    hidden_size=1024,
-    intermediate_size=13312,
-)
-TWO_HEADS = dataclasses.replace(ONE_RANK, kv_heads=2)
 KV_MODEL = KVModel("small", (LayerGroup("full", Geometry(1, 1, 8, 1), 64),))
 
 

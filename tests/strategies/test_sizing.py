@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from kernels.view import Geometry
 from strategies import sizing
-from strategies.model import GIB, MIB, KVModel, LayerGroup, chunk_pages
+from strategies.engine_model import GIB, MIB
+from strategies.model import KVModel, LayerGroup, chunk_pages
 from tests.strategies.small_models import HYBRID, PAGE_TOKENS, PLAIN, SCALED
 
 

@@ -7,23 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.engine_model import GIB, MIB, EngineModel
+from strategies.engine_model import GIB, EngineModel
 from strategies.vllm_flags import VLLMFlags, resolve
 from strategies.vllm_policy import kv_groups, vllm_plan
 from strategies.vllm_tables import VERSIONS
+from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
-H200_BYTES = 143_156 * MIB
 FREE_BYTES = H200_BYTES - round(0.6 * GIB)
-ONE_RANK = EngineModel(
-    layers=48,
-    kv_heads=1,
-    q_heads=8,
-    head_dim=128,
-    weights_bytes=round(3.99 * GIB),
-    hidden_size=1024,
-    intermediate_size=13312,
-)
-TWO_HEADS = dataclasses.replace(ONE_RANK, kv_heads=2)
 SCOUT = EngineModel(
     layers=48,
     kv_heads=1,
