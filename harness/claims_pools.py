@@ -90,8 +90,8 @@ def held_at_startup(evidence: Evidence) -> Verdict:
     eager = all(
         r["kv_committed_bytes"] >= r["context_tokens"] * r["kv_bytes_per_token"] for r in static
     )
-    held = max(gib_of(r, "peak_device_bytes") for r in paged)
-    weights = min(gib_of(r, "weights_bytes") for r in paged)
+    most = max(paged, key=lambda r: gib_of(r, "peak_device_bytes") - gib_of(r, "weights_bytes"))
+    held, weights = gib_of(most, "peak_device_bytes"), gib_of(most, "weights_bytes")
     pool = min(gib_of(r, "kv_committed_bytes") for r in static)
     if lazy and eager and held - weights < LITTLE * pool:
         verdict = SUPPORTED
