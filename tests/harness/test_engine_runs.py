@@ -26,7 +26,7 @@ def ran(monkeypatch, tmp_path):
     seen = []
 
     def go(settings, truth=None):
-        def run_job(job, scratch, on_record):
+        def run_job(job, scratch, on_record, spares):
             (cell,) = job.cells
             seen.append(cell)
             status = forecast.predict_cell(cell).outcome
