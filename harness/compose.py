@@ -7,7 +7,9 @@ turns each of Hydra's errors into the line that a user needs: key, value, what i
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+import functools
 import itertools
 import math
 import re
@@ -149,6 +151,12 @@ def compose_config(overrides: Sequence[str]) -> DictConfig:
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
+    return copy.deepcopy(_composed_once(tuple(overrides)))
+
+
+@functools.lru_cache(maxsize=256)
+def _composed_once(overrides: tuple[str, ...]) -> DictConfig:
+    """What these words mean; they alone decide it, and Hydra takes a tenth of a second to say."""
     running = GlobalHydra.instance().is_initialized()
     session = (
         contextlib.nullcontext()
