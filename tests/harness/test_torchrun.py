@@ -4,51 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from pathlib import Path
 
-import pytest
-
 from harness.runs import load_run
-from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
-
-QUICK = (*SMALL, "parallel.ranks=2", "fill=0", "trial.timing=false")
-
-
-def torchrun(*flags: str) -> list[str]:
-    return ["-m", "torch.distributed.run", *flags, "-m", "harness", *QUICK]
+from tests.harness.ahead import torchrun
+from tests.harness.ranks_fixture import LIMIT_SECONDS, processes_about, start
 
 
 def run_folder(results: Path) -> Path:
     (found,) = results.glob("*/*/manifest.json")
     return found.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    """Two nodes of one rank each: their exit statuses, their output, and the results."""
-    folder = tmp_path_factory.mktemp("nodes")
-    common = ("--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1")
-    port = str(free_port())
-    started = [
-        start(
-            [
-                *torchrun(*common, "--master-port", port, "--node-rank", str(node)),
-                "parallel=context",
-                f"results={folder / 'runs'}",
-            ],
-            folder,
-        )
-        for node in (1, 0)
-    ]
-    said = [process.communicate(timeout=LIMIT_SECONDS)[0] for process in started]
-    return [p.returncode for p in started], said, folder
 
 
 def test_two_nodes_make_one_folder(nodes):
