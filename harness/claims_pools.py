@@ -291,7 +291,7 @@ def on_demand_starts(evidence: Evidence) -> Verdict:
     ends = _ends(evidence) if works else None
     if ends is not None:
         held, room = (r["resident_tokens"] for r in ends)
-        text += f"; of one sequence {held:,} tokens fit then, in a static pool {room:,}"
+        text += f"; filled, a sequence ends at {held:,} tokens; the longest in a static pool has {room:,}"
     return Verdict(
         SUPPORTED if works else REFUTED,
         text,
