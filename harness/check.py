@@ -48,7 +48,7 @@ def check_table(run: Run, results: dict[str, Result] | None = None) -> str:
     """Return a line a check for a terminal: its name, how it ended, why."""
     found = check_run(run) if results is None else results
     lines = tuple((name, r.outcome, r.reason) for name, r in found.items())
-    return Table(str(run.folder), ("check", "result", "reason"), lines).text({"reason": 76})
+    return Table(run.folder.name, ("check", "result", "reason"), lines).text({"reason": 76})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from harness.evidence import (
     admits,
     gib_of,
     option,
+    scale,
     starts,
     token_kib,
     undecided,
@@ -66,7 +67,7 @@ def _short_and_long(rows: list[Row]) -> list[tuple[Row, Row]]:
         own = [r for r in rows if r["model"] == model and _pool_bytes(r)]
         short = [r for r in own if r["context_tokens"] == SHORT_CONTEXT]
         long = [r for r in own if r["context_tokens"] == MILLIONS_10]
-        pairs += [(s, t) for s in short for t in long]
+        pairs += [(s, t) for s in short for t in long if scale(s) == scale(t)]
     return pairs
 
 

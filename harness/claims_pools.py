@@ -114,9 +114,9 @@ def growth_with_length(evidence: Evidence) -> Verdict:
     used: list[Row] = []
     for strategy, own in ratios.items():
         rows = evidence.of(strategy, lambda r: r["status"] == "ok" and r["purpose"] == "point")
-        full = {(r["model"], r["context_tokens"]): r for r in rows if r["fill"] == 1.0}
+        full = {_same_bytes(r): r for r in rows if r["fill"] == 1.0}
         for row in rows:
-            whole = full.get((row["model"], row["context_tokens"]))
+            whole = full.get(_same_bytes(row))
             if row["fill"] == 0.1 and whole is not None and row["sequences"] == 1:
                 own.append(row["kv_committed_bytes"] / whole["kv_committed_bytes"])
                 used += [row, whole]
@@ -131,6 +131,11 @@ def growth_with_length(evidence: Evidence) -> Verdict:
         tuple(used),
         round(paged, 4),
     )
+
+
+def _same_bytes(row: Row) -> tuple[object, ...]:
+    """What two rows must share for their bytes to be comparable."""
+    return row["model"], row["context_tokens"], scale(row)
 
 
 def bytes_of_ten_million(evidence: Evidence) -> Verdict:
@@ -291,7 +296,8 @@ def on_demand_starts(evidence: Evidence) -> Verdict:
     ends = _ends(evidence) if works else None
     if ends is not None:
         held, room = (r["resident_tokens"] for r in ends)
-        text += f"; of one sequence {held:,} tokens fit then, in a static pool {room:,}"
+        text += f"; filled, a sequence ends at {held:,} tokens, the longest in a static pool has "
+        text += f"{room:,}"
     return Verdict(
         SUPPORTED if works else REFUTED,
         text,

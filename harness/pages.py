@@ -22,6 +22,7 @@ import pandas as pd
 
 from harness import check, tables
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
+from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
 from harness.tabular import EMPTY, Table, figure_of, known, tokens
 
@@ -32,7 +33,10 @@ POINTS = ("startup", "admit", "resident")
 
 
 def sweeps(runs: list[Run], folders: list[str]) -> str:
-    """A line a configuration: its three OOM points, and what the longest timed row measured."""
+    """A line a configuration: its three OOM points, and what the longest timed row measured.
+
+    Bytes are the modelled device's; the scale model's speeds are left out.
+    """
     lines = []
     for run, folder in zip(runs, folders, strict=True):
         for name, one in tables.strategies(run.summary):
@@ -43,10 +47,10 @@ def sweeps(runs: list[Run], folders: list[str]) -> str:
                 (
                     Path(folder).name,
                     name,
-                    figure_of(own["kv_bytes_per_token"].iloc[0] / 1024, 3),
+                    figure_of((own["kv_bytes_per_token"] * scale(own)).iloc[0] / 1024, 3),
                     *(_bracket(one, point) for point in POINTS),
-                    f"{own['peak_device_bytes'].max() / GIB:.2f}",
-                    *_speeds(timed),
+                    f"{(own['peak_device_bytes'] * scale(own)).max() / GIB:.2f}",
+                    *((EMPTY,) * 4 if is_scale_model(own) else _speeds(timed)),
                 )
             )
     columns = ("run", "strategy", ">KiB a token", ">start-up", ">admit", ">resident",

@@ -379,3 +379,26 @@ def test_c13_names_what_lies_in_the_reported_range():
     found = verdict("C13", rows)
     assert found["measured"] == 6.0
     assert "1.00 to 6.00 GiB" in found["condition"] and "10,000,000 tokens" in found["condition"]
+
+
+def test_bytes_of_a_scale_model_are_not_compared_with_those_of_a_device():
+    device = [full("paged", 5 * M), full("paged", 5 * M, 0.1), *GROWTH]
+    small = [
+        r
+        | {
+            "scale": 192,
+            "basis": "scale_model",
+            "trial_id": r["trial_id"] + "s",
+            "kv_bytes_per_token": 128,
+            "capacity_bytes": 149_557_477_376 // 192,
+            "kv_committed_bytes": r["kv_committed_bytes"] // 192,
+            "kv_reserved_bytes": r["kv_reserved_bytes"] // 192,
+            "oom_requested_bytes": (r["oom_requested_bytes"] or 0) // 192,
+        }
+        for r in [*device, *sglang(98 * GIB)]
+    ]
+    for rows in (device + small, small + device):
+        assert verdict("C4", rows)["verdict"] == "supported"
+    both = [*sglang(100 * GIB), *small]
+    assert verdict("C9", [*sglang(100 * GIB)])["verdict"] == "refuted"
+    assert verdict("C9", both)["measured"] < 1.03
