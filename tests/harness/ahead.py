@@ -113,6 +113,15 @@ def _nodes(folder: Path) -> tuple[list[int], list[str], Path]:
     return [p.returncode for p in started], said, folder
 
 
+def _killed_rank(folder: Path) -> tuple[int, str, Path]:
+    """Two ranks under torchrun, one of which is killed: exit status, output, and its folder."""
+    fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
+    words = (*torchrun("--standalone", "--nproc-per-node", "2"), *fault)
+    process = start([*words, f"results={folder / 'runs'}"], folder)
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    return process.returncode, said, folder
+
+
 def _layouts(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Of every layout (tensor x context ranks), each rank's error against both references."""
     done = subprocess.run(
@@ -148,6 +157,7 @@ def _launched(folder: Path) -> dict[str, tuple[int, str, Path]]:
 WORK: dict[str, Callable[[Path], Any]] = {
     **{name: partial(_command, words) for name, words in RUNS.items()},
     "nodes": _nodes,
+    "killed_rank": _killed_rank,
     "layouts": _layouts,
     "launched": _launched,
 }

@@ -37,7 +37,7 @@ def _result(name):
     return give
 
 
-ten_million, timed, scaled, died, failed, nodes, layouts, launched = map(_result, WORK)
+ten_million, timed, scaled, died, failed, nodes, killed_rank, layouts, launched = map(_result, WORK)
 
 
 @pytest.fixture

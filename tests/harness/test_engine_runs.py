@@ -13,10 +13,11 @@ from harness.progress import Progress
 from harness.rows import identity
 
 WORDS = ["hardware=h200", "experiment=real_engines"]
+POINT = ("vllm", "report", False)
 
 
-def arms(*words):
-    made = settings_of_command([*WORDS, *words], False, planning=True)
+def arms():
+    made = settings_of_command(WORDS, False, planning=True)
     return [replace(s, engine={"python": "/engine"}) for s in made]
 
 
@@ -60,14 +61,14 @@ def test_engines_are_started_before_their_emulations_are_run(ran):
 
 
 def test_nothing_is_started_twice(ran):
-    points = [s for s in arms("strategy=vllm", "model=report") if not s.brackets]
+    points = [s for s in arms() if (s.strategy, s.model.name, s.brackets) == POINT]
     folder, order = ran(points)
     again, more = ran(points)
     assert len(more) == len(order) and len(again.rows) == len(folder.rows)
 
 
-def brackets(*words):
-    return [s for s in arms("strategy=sglang", *words) if s.brackets][:1]
+def brackets():
+    return [s for s in arms() if s.strategy == "sglang" and s.brackets][:1]
 
 
 def test_two_starts_close_a_bracket_where_the_planner_is_right(ran):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.arms import settings_of_command
+from harness.arms import arms_of, settings_of_command
 from harness.cell import Cell
 from harness.columns import ordered
 from harness.compose import compose_config
@@ -22,6 +22,7 @@ from harness.engines.protocol import BadRecord, checked, read_start
 from harness.engines.stand_in import stand_in
 from harness.launch import Job
 from harness.sizes import BadValue
+from harness.validate import settings_of
 from tests.harness.command import ROOT, processes_of, until
 from tests.harness.command import environment as command_environment
 
@@ -32,7 +33,9 @@ WORDS = ("hardware=h200", "experiment=real_engines")
 
 def settings(*words):
     """The first arm of a command, planned: no GPU is needed."""
-    return settings_of_command([*WORDS, *words], False, planning=True)[0]
+    job = [*WORDS, *words]
+    first = arms_of(compose_config(job), job)[0]
+    return settings_of(compose_config(first), first, planning=True)
 
 
 def python(folder, behaviour):

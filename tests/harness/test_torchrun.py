@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 
 from harness.runs import load_run
-from tests.harness.ahead import torchrun
-from tests.harness.ranks_fixture import LIMIT_SECONDS, processes_about, start
+from tests.harness.ranks_fixture import processes_about
 
 
 def run_folder(results: Path) -> Path:
@@ -45,16 +44,11 @@ def test_no_process_is_left(nodes):
     assert processes_about(folder) == []
 
 
-def test_kill_9_of_a_rank_under_torchrun(tmp_path):
-    fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
-    process = start(
-        [*torchrun("--standalone", "--nproc-per-node", "2"), *fault, f"results={tmp_path / 'r'}"],
-        tmp_path,
-    )
-    said = process.communicate(timeout=LIMIT_SECONDS)[0]
-    assert process.returncode == 0, said
-    rows = load_run(run_folder(tmp_path / "r")).rows.sort_values("rank")
+def test_kill_9_of_a_rank_under_torchrun(killed_rank):
+    code, said, folder = killed_rank
+    assert code == 0, said
+    rows = load_run(run_folder(folder / "runs")).rows.sort_values("rank")
     assert list(rows["status"]) == ["crash", "crash"]
     assert list(rows["signal"]) == ["", "SIGKILL"]
     assert set(rows["failed_rank"]) == {1}
-    assert processes_about(tmp_path) == []
+    assert processes_about(folder) == []
