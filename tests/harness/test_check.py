@@ -280,11 +280,11 @@ def test_bad_input_is_one_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("command", [main, report.main], ids=["check", "report"])
 def test_a_folder_that_is_no_run_is_named_and_the_others_are_read(tmp_path, capsys, command):
-    first, second = (write_run(tmp_path / n, sweep(1)) for n in ("a", "b"))
+    first, second = (write_run(tmp_path / n, sweep(1)) for n in ("first-run", "second-run"))
     (tmp_path / "kernels").mkdir()
     assert command([str(first), str(tmp_path / "kernels"), str(second)]) == 2
     said = capsys.readouterr()
-    assert str(first) in said.out
+    assert first.name in said.out
     assert said.err.count("\n") == 1 and "kernels" in said.err and "holds trials.csv" in said.err
     assert command([str(tmp_path / "kernels")]) == 2
 
