@@ -283,11 +283,11 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_read(
     tmp_path, capsys, command, monkeypatch
 ):
     monkeypatch.setattr("harness.report.draw_run", lambda *drawn: [])  # figures are not its matter
-    first, second = (write_run(tmp_path / n, sweep(1)) for n in ("a", "b"))
+    first, second = (write_run(tmp_path / n, sweep(1)) for n in ("first-run", "second-run"))
     (tmp_path / "kernels").mkdir()
     assert command([str(first), str(tmp_path / "kernels"), str(second)]) == 2
     said = capsys.readouterr()
-    assert str(first) in said.out
+    assert first.name in said.out
     assert said.err.count("\n") == 1 and "kernels" in said.err and "holds trials.csv" in said.err
     assert command([str(tmp_path / "kernels")]) == 2
 
