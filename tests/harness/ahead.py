@@ -5,7 +5,6 @@ A fixture of each name gives what the work returned.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -78,8 +77,6 @@ RUNS = {
     ),
 }
 
-LAUNCHERS = {"processes": "hydra_joblib_launcher", "submitit": "hydra_submitit_launcher"}
-SWEEP = ("-m", "strategy=static,paged", *SMALL, "fill=0", "trial.timing=false")
 TWO_RANKS = (*SMALL, "parallel.ranks=2", "fill=0", "trial.timing=false")
 
 
@@ -113,15 +110,6 @@ def _nodes(folder: Path) -> tuple[list[int], list[str], Path]:
     return [p.returncode for p in started], said, folder
 
 
-def _killed_rank(folder: Path) -> tuple[int, str, Path]:
-    """Two ranks under torchrun, one of which is killed: exit status, output, and its folder."""
-    fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
-    words = (*torchrun("--standalone", "--nproc-per-node", "2"), *fault)
-    process = start([*words, f"results={folder / 'runs'}"], folder)
-    said = process.communicate(timeout=LIMIT_SECONDS)[0]
-    return process.returncode, said, folder
-
-
 def _layouts(folder: Path) -> dict[str, list[tuple[float, float]]]:
     """Of every layout (tensor x context ranks), each rank's error against both references."""
     done = subprocess.run(
@@ -140,24 +128,8 @@ def _layouts(folder: Path) -> dict[str, list[tuple[float, float]]]:
     return found
 
 
-def _launched(folder: Path) -> dict[str, tuple[int, str, Path]]:
-    """A sweep by each launcher that is installed: exit status, output, and its folder."""
-    found = {}
-    for launcher, plugin in LAUNCHERS.items():
-        if importlib.util.find_spec(f"hydra_plugins.{plugin}"):
-            own = folder / launcher
-            own.mkdir()
-            words = (*SWEEP, f"results={own / 'runs'}", f"hydra/launcher={launcher}")
-            process = start(["-m", "harness", *words], own)
-            said = process.communicate(timeout=LIMIT_SECONDS)[0]
-            found[launcher] = (process.returncode, said, own)
-    return found
-
-
 WORK: dict[str, Callable[[Path], Any]] = {
     **{name: partial(_command, words) for name, words in RUNS.items()},
     "nodes": _nodes,
-    "killed_rank": _killed_rank,
     "layouts": _layouts,
-    "launched": _launched,
 }

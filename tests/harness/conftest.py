@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
 from tests.harness.ahead import WORK
 from tests.harness.explain_case import ONE_RANK
 
+BESIDE = pytest.StashKey[Future]()
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers",
+        "beside: begun with the session, as it waits for processes of its own; such a test takes "
+        "nothing but tmp_path and parameters",
+    )
+
 
 def pytest_collection_modifyitems(items):
-    """Tests that read such work come last: it is done while others are tested."""
-    items.sort(key=lambda item: not WORK.keys().isdisjoint(item.fixturenames))
+    """What is begun with the session comes last: by then it is done."""
+
+    def turn(item):
+        if item.get_closest_marker("beside"):
+            return 2
+        return not WORK.keys().isdisjoint(item.fixturenames)
+
+    items.sort(key=turn)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _ahead(request, tmp_path_factory):
-    """What the chosen tests read of it, as futures."""
-    wanted = {name for item in request.session.items for name in item.fixturenames}
+    """Begin what the chosen tests share, and those beside others; the former as futures."""
+    items = request.session.items
+    wanted = {name for item in items for name in item.fixturenames}
     with ThreadPoolExecutor(1) as pool:
-        yield {
+        futures = {
             name: pool.submit(work, tmp_path_factory.mktemp(name))
             for name, work in WORK.items()
             if name in wanted
         }
+        for item in items:
+            if item.get_closest_marker("beside"):
+                given = {"tmp_path": tmp_path_factory.mktemp("beside")}
+                if hasattr(item, "callspec"):
+                    given |= item.callspec.params
+                item.stash[BESIDE] = pool.submit(item.obj, **given)
+        yield futures
         pool.shutdown(cancel_futures=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    """A test that was begun before ends as it ended there."""
+    if BESIDE not in pyfuncitem.stash:
+        return None
+    pyfuncitem.stash[BESIDE].result()
+    return True
 
 
 def _result(name):
@@ -37,7 +70,7 @@ def _result(name):
     return give
 
 
-ten_million, timed, scaled, died, failed, nodes, killed_rank, layouts, launched = map(_result, WORK)
+ten_million, timed, scaled, died, failed, nodes, layouts = map(_result, WORK)
 
 
 @pytest.fixture

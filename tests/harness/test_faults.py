@@ -72,6 +72,7 @@ def test_a_trial_that_hangs_is_killed_when_its_time_is_over(failed):
     assert row["oom_phase"] == "weights"
 
 
+@pytest.mark.beside
 def test_a_trial_dies_with_its_harness(tmp_path):
     process = start(tmp_path / "runs", *QUICK, "fault.kind=hang", "fault.phase=pool")
     trial = until(lambda: trial_process(tmp_path / "runs"))
@@ -80,6 +81,7 @@ def test_a_trial_dies_with_its_harness(tmp_path):
     until(lambda: is_gone(trial), seconds=10)
 
 
+@pytest.mark.beside
 def test_a_trial_that_kills_its_harness_leaves_no_row_and_no_orphan(tmp_path):
     process = start(tmp_path / "runs", *QUICK, "fault.kind=kill_harness", "fault.phase=pool")
     process.communicate(timeout=60)
@@ -89,6 +91,7 @@ def test_a_trial_that_kills_its_harness_leaves_no_row_and_no_orphan(tmp_path):
     until(lambda: not processes_of(folder), seconds=10)
 
 
+@pytest.mark.beside
 def test_a_full_disk_is_said_in_one_line_and_the_run_resumed(tmp_path):
     limit = 24 << 10  # bytes of any one file: enough for tables, not for a figure
 
@@ -110,6 +113,7 @@ def test_a_full_disk_is_said_in_one_line_and_the_run_resumed(tmp_path):
     assert rows(ended.folder) == [row]
 
 
+@pytest.mark.beside
 def test_a_disk_that_is_full_from_the_start(tmp_path):
     def no_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
@@ -120,6 +124,7 @@ def test_a_disk_that_is_full_from_the_start(tmp_path):
     assert line.startswith("harness:") and "File too large" in line
 
 
+@pytest.mark.beside
 def test_results_below_a_file_are_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("mine")
     ended = run(tmp_path / "file" / "runs", *QUICK, cwd=tmp_path)

@@ -16,19 +16,24 @@ from harness.compose import compose_config
 from harness.hardware import Hardware
 from harness.runs import load_run
 from harness.sizes import BadValue
-from tests.harness.ahead import LAUNCHERS, SWEEP
 from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
 
+SWEEP = ("-m", "strategy=static,paged", *SMALL, "fill=0", "trial.timing=false")
 GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 0, 132, 0, "GPU-a")
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_jobs_of_a_sweep_land_in_one_folder(launcher, launched):
-    if launcher not in launched:
-        pytest.skip(f"{LAUNCHERS[launcher]} is not installed")
-    code, said, folder = launched[launcher]
-    assert code == 0, said
-    (manifest,) = folder.glob("runs/*/*/manifest.json")
+@pytest.mark.beside
+@pytest.mark.parametrize(
+    ("launcher", "plugin"),
+    [("processes", "hydra_joblib_launcher"), ("submitit", "hydra_submitit_launcher")],
+)
+def test_jobs_of_a_sweep_land_in_one_folder(launcher, plugin, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{plugin}")
+    words = [*SWEEP, f"results={tmp_path / 'runs'}", f"hydra/launcher={launcher}"]
+    process = start(["-m", "harness", *words], tmp_path)
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    assert process.returncode == 0, said
+    (manifest,) = tmp_path.glob("runs/*/*/manifest.json")
     run = load_run(manifest.parent)
     assert sorted(run.rows["strategy"]) == ["paged", "static"]
     assert set(run.rows["run_id"]) == {manifest.parent.name}
@@ -36,7 +41,7 @@ def test_jobs_of_a_sweep_land_in_one_folder(launcher, launched):
     assert set(run.summary["strategies"]) == {"paged", "static"}
     assert len(json.loads(manifest.read_text())["jobs"]) == 2
     assert not (manifest.parent / "jobs").exists()
-    assert processes_about(folder) == []
+    assert processes_about(tmp_path) == []
 
 
 def test_a_job_that_fails_is_named_and_the_same_command_resumes(tmp_path, monkeypatch, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -27,9 +28,9 @@ def test_a_notebook_has_one_variable_and_no_logic(path):
         assert not any(isinstance(node, banned) for node in ast.walk(tree)), code
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_a_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))
+def test_a_notebook_runs_and_shows_its_figures(path, tmp_path):
     nbformat = pytest.importorskip("nbformat")
     client = pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
@@ -41,7 +42,7 @@ def test_a_notebook_runs_and_shows_its_figures(path, tmp_path, monkeypatch):
     run = client.NotebookClient(
         notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}
     )
-    run.execute()
+    run.execute(env=os.environ | {"PYTHONPATH": str(path.parents[1])})
     outputs = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs]
     kinds = {kind for o in outputs if "data" in o for kind in o["data"]}
     assert "image/png" in kinds and "text/html" in kinds

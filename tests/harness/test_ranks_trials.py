@@ -13,6 +13,7 @@ def hidden(gib: int, rank: int) -> tuple[str, ...]:
     return (*fault, f"fault.bytes={gib}GiB", f"fault.rank={rank}")
 
 
+@pytest.mark.beside
 def test_ranks_have_their_own_rows_of_one_trial(tmp_path):
     words = ("parallel=context", "parallel.context_ranks=2", "parallel.nccl=512MiB")
     rows = rows_of(ranks(4, *words), tmp_path)
@@ -23,6 +24,7 @@ def test_ranks_have_their_own_rows_of_one_trial(tmp_path):
     assert all(r["peak_device_bytes"] > r["nccl_bytes"] + r["weights_bytes"] for r in rows)
 
 
+@pytest.mark.beside
 def test_out_of_memory_on_rank_3_only(tmp_path):
     # A sequence that three ranks hold whole, and rank 3, less what it lost, does not.
     words = ("context=100K", "sweep.contexts=[100K]", *hidden(5, rank=3))
@@ -39,6 +41,7 @@ def test_out_of_memory_on_rank_3_only(tmp_path):
     assert processes_about(tmp_path) == []
 
 
+@pytest.mark.beside
 def test_a_static_pool_that_does_not_fit_one_rank(tmp_path):
     words = ("strategy=static", "context=50K", "sweep.contexts=[50K]", *hidden(3, rank=1))
     rows = rows_of(ranks(2, *words), tmp_path)
@@ -47,6 +50,7 @@ def test_a_static_pool_that_does_not_fit_one_rank(tmp_path):
     assert rows[0]["admitted"] == "true"
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("phase", ["context", "fill"])
 def test_kill_9_of_a_rank_ends_all(phase, tmp_path):
     rows = rows_of(ranks(2, "fault.kind=kill", f"fault.phase={phase}", "fault.rank=1"), tmp_path)
@@ -58,6 +62,7 @@ def test_kill_9_of_a_rank_ends_all(phase, tmp_path):
     assert processes_about(tmp_path) == []
 
 
+@pytest.mark.beside
 def test_a_rank_that_hangs_is_named(tmp_path):
     fault = ("fault.kind=hang", "fault.phase=pool", "fault.rank=1", "trial.timeout_seconds=4")
     rows = rows_of(ranks(4, *fault), tmp_path)
@@ -68,6 +73,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     assert processes_about(tmp_path) == []
 
 
+@pytest.mark.beside
 def test_an_error_of_a_rank_is_its_own_words(tmp_path):
     rows = rows_of(ranks(2, "fault.kind=exception", "fault.rank=0"), tmp_path)
     assert [r["status"] for r in rows] == ["crash", "crash"]

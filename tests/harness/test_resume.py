@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from tests.harness.command import (
     LIMIT_SECONDS,
     QUICK,
@@ -53,6 +55,7 @@ def measured(folder):
     return rows(folder) if path.exists() and path.read_text().count("\n") > 1 else []
 
 
+@pytest.mark.beside
 def test_killed_inside_a_trial_then_resumed(tmp_path):
     results = tmp_path / "runs"
     process = start(results, *SEVERAL)
@@ -116,6 +119,7 @@ def _edited_command(results, finished):
     assert len(list(results.glob("*/*/manifest.json"))) == 3
 
 
+@pytest.mark.beside
 def test_killed_between_trials_twice_nothing_is_lost(tmp_path):
     results = tmp_path / "runs"
     counts, ids = [], []
@@ -136,6 +140,7 @@ def test_killed_between_trials_twice_nothing_is_lost(tmp_path):
     assert not (the_folder(results) / ".trial").exists()
 
 
+@pytest.mark.beside
 def test_ctrl_c_leaves_a_readable_folder_that_is_resumed(tmp_path):
     results = tmp_path / "runs"
     words = (*QUICK, "-m", "fault.kind=none,hang", "fault.phase=pool", "trial.timeout_seconds=30")
@@ -160,6 +165,7 @@ def test_ctrl_c_leaves_a_readable_folder_that_is_resumed(tmp_path):
     assert the_folder(results) == folder and rows(folder) == [row]
 
 
+@pytest.mark.beside
 def test_two_harnesses_with_one_command_do_not_share_a_folder(tmp_path):
     results = tmp_path / "runs"
     words = (*QUICK, "fault.kind=hang", "fault.phase=pool")

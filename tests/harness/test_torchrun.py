@@ -6,8 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from harness.runs import load_run
-from tests.harness.ranks_fixture import processes_about
+from tests.harness.ahead import torchrun
+from tests.harness.ranks_fixture import LIMIT_SECONDS, processes_about, start
 
 
 def run_folder(results: Path) -> Path:
@@ -44,11 +47,15 @@ def test_no_process_is_left(nodes):
     assert processes_about(folder) == []
 
 
-def test_kill_9_of_a_rank_under_torchrun(killed_rank):
-    code, said, folder = killed_rank
-    assert code == 0, said
-    rows = load_run(run_folder(folder / "runs")).rows.sort_values("rank")
+@pytest.mark.beside
+def test_kill_9_of_a_rank_under_torchrun(tmp_path):
+    fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
+    words = (*torchrun("--standalone", "--nproc-per-node", "2"), *fault)
+    process = start([*words, f"results={tmp_path / 'runs'}"], tmp_path)
+    said = process.communicate(timeout=LIMIT_SECONDS)[0]
+    assert process.returncode == 0, said
+    rows = load_run(run_folder(tmp_path / "runs")).rows.sort_values("rank")
     assert list(rows["status"]) == ["crash", "crash"]
     assert list(rows["signal"]) == ["", "SIGKILL"]
     assert set(rows["failed_rank"]) == {1}
-    assert processes_about(folder) == []
+    assert processes_about(tmp_path) == []
