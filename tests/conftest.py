@@ -15,6 +15,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: "machine_code" in item.fixturenames)  # compiled by then
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -32,12 +34,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=turn)
 
 
+def _yield_to_others():
+    """Lower this thread's priority, and that of the processes that it starts."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 3)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _ahead(request, tmp_path_factory):
     """Begin what the chosen tests share, and those beside others; the former as futures."""
     items = request.session.items
     wanted = {name for item in items for name in item.fixturenames}
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=_yield_to_others) as pool:
         futures = {
             name: pool.submit(work, tmp_path_factory.mktemp(name))
             for name, work in WORK.items()

@@ -97,7 +97,7 @@ class MachineCode:
 
     def __init__(self) -> None:
         self._pool = ProcessPoolExecutor(
-            2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(5,)
+            2, multiprocessing.get_context("spawn"), initializer=os.nice, initargs=(7,)
         )
         work = [
             *((name, compile_decode, case) for name, case in DECODES.items()),
