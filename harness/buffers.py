@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from harness.settings import Settings
-from harness.workspace import Workspace
+from harness.workspace import Workspace, prefill_scratch_sizes
 
 if TYPE_CHECKING:
     import torch
@@ -46,13 +46,7 @@ class StepBuffers:
         """Partials and tables of a group's prefill chunk: a plan's tables stay while it is used."""
         if not self.on_cuda:
             return None
-        from kernels.prefill_plan import prefill_scratch_bytes
-
-        tokens, sms = self.settings.trial.prefill_chunk_tokens, self.settings.hardware.sm_count
-        sizes = [
-            prefill_scratch_bytes(g.geometry, tokens, sms)
-            for g in self.settings.full_model().groups
-        ]
+        sizes = prefill_scratch_sizes(self.settings)
         at = sum(sizes[:group])
         return self.workspace.buffers["prefill_partials"].u8[at : at + sizes[group]]
 

@@ -63,7 +63,7 @@ def one_gpu(run: Run) -> Result:
 
 
 def _named_once(run: Run) -> Result:
-    """Judge rows from before they named their GPU, by the manifest of their only attempt."""
+    """Judge rows from before they named their GPU, by what the manifest read before and after."""
     before, after = (
         {clean(g["uuid"]) for g in dicts(run.manifest, key) if g.get("uuid")}
         for key in ("gpus", "gpus_after")

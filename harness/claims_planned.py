@@ -5,7 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import asdict, replace
 
-from harness.evidence import CONDITIONAL, REFUTED, SUPPORTED, Evidence, Verdict
+from harness.evidence import (
+    CONDITIONAL,
+    MILLIONS_10,
+    REFUTED,
+    SUPPORTED,
+    Evidence,
+    Verdict,
+)
 from harness.forecast import points
 from harness.model_spec import known_model
 from harness.options import engine_model
@@ -21,7 +28,6 @@ from strategies.sglang_tables import VERSIONS
 REPORTED_TOKEN_KIB = 24.0
 ROUNDING_MIB = 150.0
 SAME_GAIN = 0.05
-MILLIONS_10 = 10_000_000
 LISTED_MODELS = ("llama4_scout", "qwen3_30b_a3b", "qwen3_next_80b")
 
 

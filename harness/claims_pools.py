@@ -269,20 +269,18 @@ def fragmentation(evidence: Evidence) -> Verdict:
     if most <= least:
         return Verdict(REFUTED, "paging wastes no less", tuple(static + paged), least / most)
     if external >= FRAGMENTED:
-        return Verdict(
-            SUPPORTED,
+        verdict = SUPPORTED
+        text = (
             f"{external:.1%} of the memory of static slots is lost to fragmentation; live are "
-            f"{least:.0%}, against {most:.0%} with pages",
-            tuple(static + paged),
-            round(least / most, 3),
+            f"{least:.0%}, against {most:.0%} with pages"
         )
-    return Verdict(
-        CONDITIONAL,
-        f"what static slots lose is reserved and internal space, not fragmentation: {least:.0%} of "
-        f"their memory is live ({external:.1%} external), against {most:.0%} with pages",
-        tuple(static + paged),
-        round(least / most, 3),
-    )
+    else:
+        verdict = CONDITIONAL
+        text = (
+            f"what static slots lose is reserved and internal space, not fragmentation: {least:.0%}"
+            f" of their memory is live ({external:.1%} external), against {most:.0%} with pages"
+        )
+    return Verdict(verdict, text, tuple(static + paged), round(least / most, 3))
 
 
 def on_demand_starts(evidence: Evidence) -> Verdict:

@@ -11,7 +11,6 @@ What lies between the two lines is replaced. A test makes the committed pages ag
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 import pandas as pd
 
 from harness import check, tables
+from harness.arguments import OneLineParser
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -157,7 +157,7 @@ def renewed(page: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the pages; 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m harness.pages",
         description="Make the marked sections of Markdown pages again from the rows of runs.",
         epilog="Exit status: 0, or 2 for bad input.",

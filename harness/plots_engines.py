@@ -159,18 +159,7 @@ def _stack(axes: Axes, bars: list[Bar]) -> None:
             last, y = label, y + 1
         ticks.append((y, context))
         end = _bar(axes, y, found, refused)
-        note = axes.annotate(
-            style.plain(f"{end:.0f}" + (f"  {said}" if said else "")),
-            (end, y),
-            xytext=(2, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=6,
-            bbox=style.WHITE_BOX | {"pad": 0.2},
-            color=style.VERMILLION if said else style.BLACK,
-            zorder=3,
-        )
-        note.set_in_layout(False)
+        style.bar_note(axes, end, y, f"{end:.0f}" + (f"  {said}" if said else ""), bool(said))
     axes.set_yticks([at for at, _ in ticks], [context for _, context in ticks], fontsize=6)
     axes.tick_params("y", length=0)
     axes.set_ylim(y + 0.6, -0.6)

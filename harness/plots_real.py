@@ -150,16 +150,5 @@ def _bar(axes: Axes, y: float, held: dict[str, float], row: pd.Series, alpha: fl
         if asked > 0:
             axes.barh(y, asked, BAR, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
             left += asked
-    note = axes.annotate(
-        style.plain(f"{left:.1f}{said}"),
-        (left, y),
-        xytext=(2, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=5.5,
-        bbox=style.WHITE_BOX | {"pad": 0.2},
-        color=style.VERMILLION if said else style.BLACK,
-        zorder=3,
-    )
-    note.set_in_layout(False)
+    style.bar_note(axes, left, y, f"{left:.1f}{said}", bool(said), 5.5)
     return left

@@ -192,6 +192,22 @@ def figured_bar(
     return width
 
 
+def bar_note(axes: Axes, x: float, y: float, text: str, loud: bool, size: float = 6) -> None:
+    """Write behind the end of a stacked bar; ``loud`` is what failed."""
+    note = axes.annotate(
+        plain(text),
+        (x, y),
+        xytext=(2, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=size,
+        bbox=WHITE_BOX | {"pad": 0.2},
+        color=VERMILLION if loud else BLACK,
+        zorder=3,
+    )
+    note.set_in_layout(False)
+
+
 def badge(figure: Figure, *texts: str) -> None:
     """Print what a reader must know to read the figure right, under it."""
     said = ["\n".join(textwrap.wrap(t, BADGE_LETTERS)) for t in texts if t]

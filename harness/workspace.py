@@ -34,26 +34,43 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
     if settings.strategy in ENGINES:
         return []
     from kernels.config import decode_scratch_bytes
-    from kernels.prefill_plan import prefill_scratch_bytes
 
-    tokens = (
-        MODELLED_PREFILL_CHUNK_TOKENS if settings.on_host else settings.trial.prefill_chunk_tokens
-    )
-    groups = [g.geometry for g in settings.full_model().groups]
-    if settings.accounts_only:  # whose pages may have a size that no kernel reads
-        groups = [replace(g, page_tokens=PAGE_TOKENS) for g in groups]
+    groups = _geometries(settings)
     g, sequences, sms = groups[0], settings.sequences, settings.hardware.sm_count
-    rows = tokens * g.q_heads
+    rows = _prefill_tokens(settings) * g.q_heads
     return [
         ("synthetic_kv", 2 * BANK_TOKENS * (g.kv_heads * g.head_dim + BANK_SPARE_COLUMNS) * 2),
         ("prefill_queries", rows * g.head_dim * g.itemsize),
         ("prefill_outputs", rows * (g.head_dim * 2 + 4)),
         ("decode_outputs", sequences * g.q_heads * (g.head_dim * (4 + g.itemsize) + 4)),
         ("decode_partials", max(decode_scratch_bytes(x, sequences, sms) for x in groups)),
-        ("prefill_partials", sum(prefill_scratch_bytes(x, tokens, sms) for x in groups)),
+        ("prefill_partials", sum(prefill_scratch_sizes(settings))),
         ("gate", gate_bytes(g)),
         *collective_workspace(settings),
     ]
+
+
+def prefill_scratch_sizes(settings: Settings) -> list[int]:
+    """Bytes of each layer group's share of ``prefill_partials``, in the order in which they lie."""
+    from kernels.prefill_plan import prefill_scratch_bytes
+
+    tokens, sms = _prefill_tokens(settings), settings.hardware.sm_count
+    return [prefill_scratch_bytes(g, tokens, sms) for g in _geometries(settings)]
+
+
+def _prefill_tokens(settings: Settings) -> int:
+    """Tokens of a prefill chunk on the (modelled) device."""
+    if settings.on_host:
+        return MODELLED_PREFILL_CHUNK_TOKENS
+    return settings.trial.prefill_chunk_tokens
+
+
+def _geometries(settings: Settings) -> list[Geometry]:
+    """Each layer group's geometry; pages of a size that no kernel reads count as whole tiles."""
+    groups = [g.geometry for g in settings.full_model().groups]
+    if settings.accounts_only:
+        return [replace(g, page_tokens=PAGE_TOKENS) for g in groups]
+    return groups
 
 
 def gate_bytes(geometry: Geometry) -> int:

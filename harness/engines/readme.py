@@ -11,13 +11,13 @@ Every figure comes from the run's summary.json (``pairs``, ``engine_brackets``),
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from harness.arguments import OneLineParser
 from harness.engines.tables import brackets, engine_name, flags, item, number, text
 from harness.plots import FIGURES_FOLDER
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, write_file
@@ -177,7 +177,7 @@ def placed(page: str, made: str, before: str = "") -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the section; 0, or 2 for bad input."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m harness.engines.readme",
         description="Write what starts of the engines showed into a Markdown page.",
         epilog="Exit status: 0, or 2 for bad input.",

@@ -119,7 +119,7 @@ def test_the_reference_itself_sees_a_page_swapped_for_another():
         wrong = k.clone(), v.clone()
         count = int(share * len(k))
         for x in wrong:
-            x[:count] = x[-count:] if share <= 0.5 else x[:count]
+            x[:count] = x[-count:]
         got = torch.softmax(wrong[0] @ q / 8, 0) @ wrong[1]
         error = ((got - right).norm() / right.norm()).item()
         assert 0.5 * (2 * share) ** 0.5 < error < 2 * (2 * share) ** 0.5

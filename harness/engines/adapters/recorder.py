@@ -345,6 +345,42 @@ class Recorder:
         return f"{rest if found else os.path.basename(path)}:{frame['line']} {frame['name']}"
 
 
+def record_start(
+    path: str,
+    engine: str,
+    make: Callable[[Recorder], Any],
+    refusals: tuple[str, ...],
+    name_of: Callable[[list[dict[str, Any]]], str],
+) -> None:
+    """Start the engine that a spec describes, and end; the records say how it went.
+
+    Parameters
+    ----------
+    path : str
+        The spec.
+    engine : str
+        As for :class:`Recorder`.
+    make : callable
+        Makes the start, an object with ``run()`` and ``failed()``, from its recorder.
+    refusals, name_of
+        As for :meth:`Recorder.guarded`.
+    """
+    recorder = Recorder(path, engine)
+    start = make(recorder)
+    with recorder.guarded(refusals, name_of, start.failed):
+        start.run()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # threads and the engine's own children are ended by our keeper
+
+
+def source_line(frames: list[dict[str, Any]]) -> str:
+    """Name an allocation that has no other name by where it stands."""
+    if not frames:
+        return ""
+    return f"{os.path.basename(str(frames[0]['filename']))}:{frames[0]['line']}"
+
+
 def source_name(frame: dict[str, Any]) -> str:
     """What a line of source assigns: ``self.NAME = …`` or ``"NAME": …``; ``""`` for neither."""
     text = linecache.getline(str(frame["filename"]), int(frame["line"]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from recorder import MIB, Recorder, source_name
+from recorder import MIB, record_start, source_line, source_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -175,23 +175,11 @@ def name_of(frames: list[dict[str, Any]]) -> str:
             return "decode_cuda_graphs"
         if "model_loader" in path or function == "create_weights":
             return "weights"
-    if not frames:
-        return ""
-    return f"{os.path.basename(str(frames[0]['filename']))}:{frames[0]['line']}"
-
-
-def main(path: str) -> None:
-    """Start the engine that a spec describes; the records say how it went."""
-    recorder = Recorder(path, "sglang")
-    start = Start(recorder)
-    with recorder.guarded(REFUSALS, name_of, start.failed):
-        start.run()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # threads and the engine's own children are ended by our keeper
+    line: str = source_line(frames)
+    return line
 
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main(sys.argv[1])
+    record_start(sys.argv[1], "sglang", Start, REFUSALS, name_of)
