@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from harness.fill import STEP_TOKENS
 from harness.planner_spec import PlanItem, PlanSpec, Prediction
 from harness.planner_walk import Ended, Walk
 from strategies import sizing
@@ -51,6 +52,10 @@ class _Pool:
 
     def pages(self, group: LayerGroup, tokens: int, step: int = 0) -> int:
         return group.pages(sizing.window_tokens(group, tokens, step))
+
+    def pages_left(self, group: LayerGroup, tokens: int, last_step: int) -> int:
+        """Pages of a sequence whose last step began at ``last_step``: those that it could see."""
+        return group.pages(tokens) - group.window_start(last_step + 1) // group.geometry.page_tokens
 
     def fits(self, tokens: int, sequences: int, step: int = 0) -> bool:
         """Whether committed (or reserved) chunks have the pages for it."""
@@ -183,21 +188,36 @@ def _holds_more(pool: _Pool, walk: Walk, target: int, full: int, tokens: int) ->
 
 
 def _grow(spec: PlanSpec, walk: Walk, pool: _Pool, target: int, full: int, last: int = 0) -> None:
-    """Commit what the sequences have grown to, and what a background thread keeps ahead."""
+    """Commit what the sequences have grown to, and what a background thread keeps ahead.
+
+    A refusal, which leaves a sequence unfinished, makes the thread give back what it kept. Near
+    the capacity the groups of a hybrid model are served in order. A window's pages, and those of
+    the step that crosses into the next, are counted as if they lay side by side.
+    """
     if not pool.lazy:
         return
-    nbytes = 0
+    peak = end = 0
+    last_step = max(0, target - 1) // STEP_TOKENS * STEP_TOKENS
     for group in pool.model.groups:
-        pages = full * pool.pages(group, target) + (pool.pages(group, last) if last else 0)
-        chunks = -(-pages // group.pages_per_chunk)
-        if spec.options.get("growth") == "ahead":
-            wanted = chunks + int(spec.options.get("ahead_chunks", 0))
-            reserve = sizing.paged_reserve_chunks(
-                group, spec.context_tokens, spec.sequences, spec.capacity_bytes
-            )
-            chunks = min(wanted, reserve, max(chunks, walk.free_bytes // group.chunk_bytes))
-        nbytes += chunks * group.chunk_bytes
-    walk.free_bytes -= nbytes
-    walk.held_bytes += nbytes
-    walk.kv_bytes = nbytes
-    walk.items.append(PlanItem("fill", "kv_pages", nbytes))
+        page = group.geometry.page_tokens
+        most = full * pool.pages(group, target) + (pool.pages(group, last) if last else 0)
+        left = full * pool.pages_left(group, target, last_step)
+        left += pool.pages_left(group, last, max(0, last - page)) if last else 0
+        peak += -(-max(most, left) // group.pages_per_chunk) * group.chunk_bytes
+        end += -(-left // group.pages_per_chunk) * group.chunk_bytes
+    ahead = _ahead_bytes(spec, walk.free_bytes - peak, pool) if full == spec.sequences else 0
+    walk.free_bytes -= end + ahead
+    walk.held_bytes += peak + ahead
+    walk.kv_bytes = end + ahead
+    walk.items.append(PlanItem("fill", "kv_pages", end + ahead))
+
+
+def _ahead_bytes(spec: PlanSpec, free_bytes: int, pool: _Pool) -> int:
+    if spec.options.get("growth") != "ahead":
+        return 0
+    most, ahead = int(spec.options.get("ahead_chunks", 0)), 0
+    for group, reserve in zip(pool.model.groups, pool.chunks, strict=True):
+        used = -(-spec.sequences * pool.pages(group, spec.target_tokens) // group.pages_per_chunk)
+        fitting = (free_bytes - ahead) // group.chunk_bytes
+        ahead += max(0, min(most, reserve - used, fitting)) * group.chunk_bytes
+    return ahead

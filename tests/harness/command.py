@@ -97,7 +97,7 @@ def start(results: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
-def until(what: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(what: Callable[[], Any], seconds: float = 120.0) -> Any:
     """Wait for something to be true, and return it."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

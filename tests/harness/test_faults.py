@@ -11,6 +11,7 @@ import pytest
 from harness.columns import PERFORMANCE
 from harness.sizes import MIB
 from tests.harness.command import (
+    LIMIT_SECONDS,
     QUICK,
     is_gone,
     processes_of,
@@ -78,17 +79,17 @@ def test_a_trial_dies_with_its_harness(tmp_path):
     trial = until(lambda: trial_process(tmp_path / "runs"))
     process.kill()
     process.communicate()
-    until(lambda: is_gone(trial), seconds=10)
+    until(lambda: is_gone(trial), seconds=30)
 
 
 @pytest.mark.beside
 def test_a_trial_that_kills_its_harness_leaves_no_row_and_no_orphan(tmp_path):
     process = start(tmp_path / "runs", *QUICK, "fault.kind=kill_harness", "fault.phase=pool")
-    process.communicate(timeout=60)
+    process.communicate(timeout=LIMIT_SECONDS)
     assert process.returncode == -signal.SIGKILL
     (folder,) = (p.parent for p in (tmp_path / "runs").glob("*/*/manifest.json"))
     assert not (folder / "trials.csv").exists()
-    until(lambda: not processes_of(folder), seconds=10)
+    until(lambda: not processes_of(folder), seconds=30)
 
 
 @pytest.mark.beside

@@ -27,6 +27,27 @@ from tests.harness.command import (
 
 SEVERAL = (*QUICK, "sweep.repeats=6")
 
+# The command, killed as it hears from a trial in hand after two rows; it leaves the trial's number.
+KILLED_INSIDE_A_TRIAL = """
+import os, signal, sys
+from pathlib import Path
+from harness import progress
+from harness.cli import main
+from tests.harness.command import trial_process
+
+rows, results = [], Path(sys.argv[-1].partition("=")[2])
+
+def killed_after_two_rows(self, record):
+    trial = trial_process(results) if len(rows) >= 2 else None
+    if trial:
+        Path("trial").write_text(str(trial))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+progress.Progress.row = lambda self, row: rows.append(row)
+progress.Progress.record = killed_after_two_rows
+main(sys.argv[1:])
+"""
+
 # The command, killed the moment its third row is safe: between two trials.
 KILLED_AFTER_THREE_ROWS = """
 import os, signal, sys
@@ -55,21 +76,26 @@ def measured(folder):
     return rows(folder) if path.exists() and path.read_text().count("\n") > 1 else []
 
 
+def _killed(program, results):
+    """Run the command as a program that kills itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *SEVERAL, f"results={results}"],
+        env=environment(),
+        cwd=results.parent,
+        capture_output=True,
+        timeout=LIMIT_SECONDS,
+    )
+    assert done.returncode == -signal.SIGKILL
+
+
 @pytest.mark.beside
 def test_killed_inside_a_trial_then_resumed(tmp_path):
     results = tmp_path / "runs"
-    process = start(results, *SEVERAL)
-    until(
-        lambda: (
-            len(list(results.glob("*/*/trials.csv"))) and len(measured(the_folder(results))) >= 2
-        )
-    )
-    trial = until(lambda: trial_process(results))
-    process.kill()
-    process.communicate()
-    until(lambda: is_gone(trial), seconds=10)
+    _killed(KILLED_INSIDE_A_TRIAL, results)
+    trial = int((tmp_path / "trial").read_text())
+    until(lambda: is_gone(trial), seconds=30)
     folder = the_folder(results)
-    before = measured(folder)
+    before = rows(folder)
     assert 2 <= len(before) < 6
     half = (folder / "trials.csv").read_bytes()
     with open(folder / "trials.csv", "ab") as file:  # a row that the kill cut in two
@@ -124,14 +150,7 @@ def test_killed_between_trials_twice_nothing_is_lost(tmp_path):
     results = tmp_path / "runs"
     counts, ids = [], []
     for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED_AFTER_THREE_ROWS, *SEVERAL, f"results={results}"],
-            env=environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            timeout=LIMIT_SECONDS,
-        )
-        assert done.returncode == -signal.SIGKILL
+        _killed(KILLED_AFTER_THREE_ROWS, results)
         found = rows(the_folder(results))
         counts.append(len(found))
         ids.append([r["trial_id"] for r in found])
@@ -178,4 +197,4 @@ def test_two_harnesses_with_one_command_do_not_share_a_folder(tmp_path):
     assert len(folders) == 2
     assert len({read_json(f / "manifest.json")["config_hash"] for f in folders}) == 1
     for folder in folders:
-        until(lambda folder=folder: not processes_of(folder), seconds=10)
+        until(lambda folder=folder: not processes_of(folder), seconds=30)
