@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.columns import is_text
 from harness.plots import TITLES
-from harness.report import answer, figure_files, provenance, report_tables, title
+from harness.report import figure_files, provenance, report_tables, said_of, title
 from harness.runs import Run
 from harness.tabular import EMPTY, Table, known
 
@@ -111,7 +111,7 @@ def _run(run: Run, number: int, count: int) -> str:
     names.insert(max(len(names) - 2, 0), (f"{prefix}figures", "Figures"))
     names += [(f"{prefix}rows", "Every row"), (f"{prefix}provenance", "Provenance")]
     links = "".join(f'<a href="#{i}">{html.escape(t)}</a>' for i, t in names)
-    said = "".join(f"<p>{html.escape(s)}</p>" for s in answer(run.rows, run.summary))
+    said = "".join(f"<p>{html.escape(s)}</p>" for s in said_of(run.rows, run.summary, run.run_id))
     return (
         f"<h1>{html.escape(title(run.folder, run.manifest))}</h1>\n{said}<nav>{links}</nav>\n"
         f"{_manifest(run)}"
