@@ -12,6 +12,7 @@ from harness.planner_spec import PlanSpec, Prediction
 GOALS = ("start", "admit")
 REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
+LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 
 Flags = tuple[tuple[str, str], ...]
@@ -160,6 +161,11 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
         "slower decoding, smaller prefill chunks, little room for anything else",
         changed,
     )
+    for share in LOWER_UTILIZATIONS:  # where others hold some of the GPU
+        if share < float(now):
+            flags = (("gpu_memory_utilization", str(share)),)
+            changed = spec.with_options(gpu_memory_utilization=share)
+            yield flags, "a pool of {pool} tokens", changed
 
 
 def _static(spec: PlanSpec) -> Iterator[Candidate]:
