@@ -297,3 +297,17 @@ def test_windows_and_states_are_read(config_file):
     sliding = config_file("gemma.json", layer_types=["sliding_attention", "full_attention"] * 24,
                      sliding_window=1024)  # fmt: skip
     assert read_hf_config(sliding).engine_model().window_layers == 24
+
+
+def test_vllm_0_11_takes_the_hybrid_manager_from_the_environment(capsys, config_file):
+    command = "vllm serve x --tp 8 --max-model-len 10M --kv-cache-dtype fp8"
+    words = ("--command", command, "--config", config_file(**SCOUT), "--gpu", "h200")
+    rows, _ = answered(capsys, *words, "--engine-version", "0.11.0")
+    assert "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1" in rows["change"]
+
+
+def test_a_vision_tower_is_not_modelled_for_sglang(capsys, config_file):
+    path = config_file("vlm.json", vision_config={"hidden_size": 1408})
+    words = ("--config", path, "--gpu", "h200", "--command")
+    for command, said in (("sglang serve --model x", True), ("vllm serve x", False)):
+        assert ("vision tower" in answered(capsys, *words, command)[1]) == said
