@@ -61,7 +61,7 @@ def write_report_md(
     run_id = clean(lookup(manifest, "run_id", default=""))
     lines = [f"# {markdown_text(title(folder, manifest))}", ""]
     lines += [f"* {markdown_text(line)}" for line in said_of(rows, summary, run_id)]
-    found = report_tables(rows, summary)
+    found = report_tables(rows, summary, run_id)
     lines += _sections(found[:-2]) + _figures(folder) + _sections(found[-2:])
     lines += ["", "## Provenance", "", *provenance_lines(manifest)]
     lines += ["", JUDGED_NOTE if rows_of_others(rows, run_id) else FIGURES_NOTE]
@@ -78,11 +78,14 @@ def title(folder: Path, manifest: dict[str, Any]) -> str:
     return f"{experiment}: {clean(lookup(manifest, 'run_id', default='')) or Path(folder).name}"
 
 
-def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
-    """Return the tables of a report that have a line; the last one is of every trial."""
+def report_tables(rows: pd.DataFrame, summary: dict[str, Any], run_id: str) -> list[Table]:
+    """Return the tables of a report that have a line; the last one is of every trial.
+
+    Of rows of earlier runs, whose own reports say the rest, only the verdicts and the rows.
+    """
+    judged_only = rows_of_others(rows, run_id)
     found = [
-        remedies_table(rows, summary),
-        tables.oom_points(summary),
+        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary)]),
         tables.verdicts(summary),
         tables.carried(summary),
         *engine_tables(summary),

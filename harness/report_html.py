@@ -102,7 +102,7 @@ def html_report(runs: Sequence[Run]) -> str:
 
 def _run(run: Run, number: int, count: int) -> str:
     prefix = f"run{number}-" if count > 1 else ""
-    tables = report_tables(run.rows, run.summary)
+    tables = report_tables(run.rows, run.summary, run.run_id)
     sections = [
         f'<h2 id="{prefix}table{n}">{html.escape(t.title)}</h2>\n{t.html(prefix)}'
         for n, t in enumerate(tables)
