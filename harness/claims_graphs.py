@@ -38,7 +38,8 @@ def graphs_off(evidence: Evidence) -> Verdict:
     if any(on.get("emulated_version") for on, _ in pairs):
         size = f"{GRAPH_BYTES >> 20} MiB"
         text += f"; graphs are counted as {size} each, an estimate, their tables exactly"
-    failing = _failing_without(evidence)
+    long = best_first(evidence.of("sglang", context_tokens=MILLIONS_10))
+    failing = next((found for kind in long if (found := _failing_without(kind))), [])
     if failing:
         rescued = any(starts(off) for _, off in failing)
         text += "; where 10M fails with default flags, turning graphs off " + (
@@ -74,9 +75,8 @@ def _start(row: Row) -> str:
     return f"{row['model']}, {row['context_tokens']:,} tokens, max_running_requests {requests}"
 
 
-def _failing_without(evidence: Evidence) -> list[tuple[Row, Row]]:
+def _failing_without(long: list[Row]) -> list[tuple[Row, Row]]:
     """Starts at 10M that fail with default flags, each beside the same one without graphs."""
-    long = evidence.of("sglang", context_tokens=MILLIONS_10)
     off = [r for r in long if flags_of(r) == {"disable_cuda_graph": True}]
     return [
         (r, o)
