@@ -6,8 +6,7 @@ they alone do; else the emulations' do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
+from harness.engine_rows import best_first, default_flags, flags_of, version_of
 from harness.evidence import (
     CONDITIONAL,
     MILLIONS_10,
@@ -31,23 +30,6 @@ RUN = "experiment=root_cause"
 SMALL_REST_GIB = 4.0  # what the report says that vLLM holds at start-up
 
 
-def _default_flags(row: Row) -> bool:
-    keys = (
-        "max_running_requests",
-        "disable_cuda_graph",
-        "mem_fraction_static",
-        "cuda_graph_max_bs",
-    )
-    return not any(option(row, k) for k in keys)
-
-
-def _kinds(rows: Iterable[Row]) -> tuple[list[Row], list[Row], list[Row]]:
-    """Rows of the engines themselves, of their emulations, and all: the best evidence first."""
-    own = list(rows)
-    real = [r for r in own if r.get("engine_version")]
-    return real, [r for r in own if not r.get("engine_version")], own
-
-
 def _fitted(row: Row) -> bool:
     """Whether vLLM was free to serve a shorter context than was asked for."""
     return bool(option(row, "max_model_len") == "auto")
@@ -62,18 +44,19 @@ def _pool_bytes(row: Row) -> int:
 
 def _short_and_long(rows: list[Row]) -> list[tuple[Row, Row]]:
     """Every start at a short context beside every one at 10M, where both say how large a pool."""
-    pairs = []
-    for model in sorted({str(r["model"]) for r in rows}):
-        own = [r for r in rows if r["model"] == model and _pool_bytes(r)]
-        short = [r for r in own if r["context_tokens"] == SHORT_CONTEXT]
-        long = [r for r in own if r["context_tokens"] == MILLIONS_10]
-        pairs += [(s, t) for s in short for t in long if scale(s) == scale(t)]
-    return pairs
+    own = [r for r in rows if _pool_bytes(r)]
+    short = [r for r in own if r["context_tokens"] == SHORT_CONTEXT]
+    long = [r for r in own if r["context_tokens"] == MILLIONS_10]
+
+    def same(row: Row) -> tuple[object, ...]:
+        return str(row["model"]), scale(row), version_of(row)
+
+    return [(s, t) for s in short for t in long if same(s) == same(t)]
 
 
 def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     """C9: SGLang's pool and its table at a short context and at 10M."""
-    kinds = map(_short_and_long, _kinds(evidence.of("sglang", _default_flags)))
+    kinds = map(_short_and_long, best_first(evidence.of("sglang", default_flags)))
     pairs = next((found for found in kinds if found), [])
     if not pairs:
         return undecided(RUN)
@@ -86,24 +69,27 @@ def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     if abs(farthest - 1.0) > SAME_POOL:
         text = "the pool's size changes with context, but not in proportion"
         return Verdict(CONDITIONAL, text, rows, round(farthest, 4))
-    tokens = sorted({round(_pool_bytes(t) / t["kv_bytes_per_token"]) for _, t in pairs})
+    tokens = sorted(
+        {(token_kib(t), round(_pool_bytes(t) / t["kv_bytes_per_token"])) for _, t in pairs}
+    )
+    pools = ", ".join(f"{n:,} tokens at {kib:g} KiB a token" for kib, n in tokens)
     after = max(gib_of(t, "tables_bytes") for _, t in pairs)
     before = max(gib_of(s, "tables_bytes") for s, _ in pairs)
     failing = sorted({str(t["oom_allocation"]) for _, t in pairs if not starts(t)})
     text = (
-        f"the pool is the same at both contexts ({', '.join(f'{n:,}' for n in tokens)} tokens, a "
-        "figure for each model); what grows with context are the tables (request-to-token, "
-        f"rotary), from {before:.2f} to {after:.2f} GiB"
+        f"the pool made at {SHORT_CONTEXT:,} and the one asked for at 10M are the same ({pools}); "
+        f"what grows with the context is the request-to-token table: all tables together take "
+        f"{before:.2f} GiB, then {after:.2f}"
     )
     if failing:
-        text += f", and then {', '.join(failing)} no longer fits"
+        text += f", beside which {', '.join(failing)} no longer fits"
     return Verdict(REFUTED, text, rows, round(farthest, 4))
 
 
 def vllm_preallocates(evidence: Evidence) -> Verdict:
     """C10: what vLLM holds at ready, whatever the context."""
     empty = [r for r in evidence.of("vllm", starts) if not r["resident_tokens"]]
-    rows = next((kind for kind in _kinds(empty) if kind), [])
+    rows = next((kind for kind in best_first(empty) if kind), [])
     if not rows:
         return undecided(RUN)
     eager = [r for r in rows if _holds_its_pool(r)]
@@ -130,7 +116,7 @@ def _holds_its_pool(row: Row) -> bool:
 def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
     """C11: vLLM at 10M, by the K/V cost of a token and the hybrid manager."""
     asked = evidence.of("vllm", lambda r: not _fitted(r), context_tokens=MILLIONS_10)
-    rows = next((kind for kind in _kinds(asked) if len(_costs(kind)) > 1), [])
+    rows = next((kind for kind in best_first(asked) if len(_costs(kind)) > 1), [])
     if not rows:
         return undecided(f"{RUN} (vLLM at 24 and at 12 KiB a token)")
     good = [r for r in rows if starts(r)]
@@ -161,82 +147,29 @@ def _costs(rows: list[Row]) -> set[tuple[str, float]]:
 def _named(row: Row) -> str:
     flags = ("gpu_memory_utilization", "max_num_seqs", "hybrid_kv_cache_manager")
     given = [f"{k}={option(row, k)}" for k in flags if option(row, k) is not None]
-    return f"{row['model']} ({token_kib(row):g} KiB a token flat; {', '.join(given) or 'defaults'})"
-
-
-def graphs_off(evidence: Evidence) -> Verdict:
-    """C13: peak of a start with CUDA graphs, less that of the same start without."""
-    kinds = map(_saved, _kinds(r for r in evidence.of("sglang") if starts(r)))
-    saved, used = next((found for found in kinds if found[0]), ({}, []))
-    if not saved:
-        return undecided(f"{RUN} (SGLang with and without CUDA graphs)")
-    low, high = min(saved.values()), max(saved.values())
-    inside = [what for what, g in saved.items() if 4 <= g * 1.0737 <= 10]
-    verdict = SUPPORTED if len(inside) == len(saved) else CONDITIONAL if inside else REFUTED
-    text = f"{low:.2f} to {high:.2f} GiB, by context and graph batch size"
-    if inside:
-        text += f"; 4 to 10 GB for {'; '.join(inside)}"
-    text += (
-        "; turning graphs off makes one more context start"
-        if _off_starts_more(evidence)
-        else "; where 10M fails, turning graphs off does not make it start"
-    )
-    return Verdict(verdict, text, tuple(used), round(high, 2))
-
-
-def _saved(rows: list[Row]) -> tuple[dict[str, float], list[Row]]:
-    """GiB that turning graphs off saves, by what was started; and the rows that say so."""
-    saved: dict[str, float] = {}
-    used: list[Row] = []
-    for on in [r for r in rows if not option(r, "disable_cuda_graph")]:
-        for off in [r for r in rows if option(r, "disable_cuda_graph")]:
-            same = ("model context_tokens capacity_bytes emulated_version engine_version").split()
-            flags = ("max_running_requests", "mem_fraction_static")
-            if all(on[k] == off[k] for k in same) and all(
-                option(on, k) == option(off, k) for k in flags
-            ):
-                what = f"{on['model']}, {on['context_tokens']:,} tokens"
-                requests = option(on, "max_running_requests")
-                what += f", max_running_requests {requests or 'default'}"
-                saved[what] = gib_of(on, "peak_device_bytes") - gib_of(off, "peak_device_bytes")
-                used += [on, off]
-    return saved, used
-
-
-def _off_starts_more(evidence: Evidence) -> bool:
-    failing = [
-        r
-        for r in evidence.of("sglang", _default_flags, context_tokens=MILLIONS_10)
-        if not starts(r)
-    ]
-    off = evidence.of("sglang", context_tokens=MILLIONS_10, disable_cuda_graph=True)
-    return any(
-        starts(o) and option(o, "max_running_requests") is None and o["model"] == r["model"]
-        for r in failing
-        for o in off
-    )
+    said = f"{token_kib(row):g} KiB a token flat; {', '.join(given) or 'defaults'}"
+    if not starts(row):
+        needs, has = gib_of(row, "oom_requested_bytes"), gib_of(row, "oom_free_bytes")
+        said += f"; its K/V needs {needs:.1f} GiB, has {has:.1f}" if needs else ""
+    return f"{row['model']} ({said})"
 
 
 def _few_and_default(rows: list[Row]) -> tuple[list[Row], list[Row]]:
     """Starts with 16 running requests, and with default flags."""
-    other = ("disable_cuda_graph", "mem_fraction_static", "cuda_graph_max_bs")
-    few = [
-        r
-        for r in rows
-        if option(r, "max_running_requests") == 16 and not any(option(r, k) for k in other)
-    ]
-    return few, [r for r in rows if _default_flags(r)]
+    few = [r for r in rows if flags_of(r) == {"max_running_requests": 16}]
+    return few, [r for r in rows if default_flags(r)]
 
 
 def few_requests_start(evidence: Evidence) -> Verdict:
     """C18: SGLang at 10M with 16 running requests, beside default flags."""
     long = evidence.of("sglang", context_tokens=MILLIONS_10)
-    kinds = map(_few_and_default, _kinds(long))
+    kinds = map(_few_and_default, best_first(long))
     few, default = next((found for found in kinds if all(found)), ([], []))
     if not few:
         return undecided(RUN)
     if not all(map(starts, few)) or all(map(starts, default)):
-        return Verdict(REFUTED, "the flag does not decide it", tuple(few + default))
+        text = f"with it {_count(few)} start, with default flags {_count(default)}"
+        return Verdict(REFUTED, text, tuple(few + default), "does not decide it")
     short = sorted(
         {
             f"{token_kib(r):g} KiB a token (room for "
@@ -254,6 +187,10 @@ def few_requests_start(evidence: Evidence) -> Verdict:
         tuple(few + default),
         "starts",
     )
+
+
+def _count(rows: list[Row]) -> str:
+    return f"{sum(map(starts, rows))} of {len(rows)}"
 
 
 def choose_vllm(evidence: Evidence) -> Verdict:
@@ -280,5 +217,8 @@ def choose_vllm(evidence: Evidence) -> Verdict:
     if parts["C18"].verdict == SUPPORTED:
         said.append("with 16 running requests SGLang starts at 10M too")
     if parts["C11"].verdict == CONDITIONAL:
-        said.append("whether vLLM starts is decided by the K/V bytes a token")
-    return Verdict(CONDITIONAL, "; ".join(said), rows)
+        said.append(
+            "whether vLLM starts is decided by the K/V bytes of one request, beside its weights "
+            "and gpu_memory_utilization (C11)"
+        )
+    return Verdict(CONDITIONAL, "; ".join(said) or "as C9, C10, C11 and C18 say", rows)

@@ -12,12 +12,15 @@ from harness.evidence import (
     SUPPORTED,
     Evidence,
     Verdict,
+    starts,
+    whole_context,
 )
 from harness.forecast import points
 from harness.model_spec import known_model
 from harness.options import engine_model
 from harness.ranks_scaling import Gain
 from harness.ranks_scaling import gains as rank_gains
+from harness.rows import Row
 from harness.schema import StaticConf
 from harness.settings import Settings
 from harness.validate import compose_settings
@@ -26,6 +29,9 @@ from strategies.sglang_flags import SGLangFlags, resolve
 from strategies.sglang_tables import VERSIONS
 
 REPORTED_TOKEN_KIB = 24.0
+CHUNK_TOKENS, GRAPH_ROWS = 8192, 256  # SGLang's own on an H200, on fewer than four ranks
+FORMULA_MIB = 1.5 * CHUNK_TOKENS + 2 * GRAPH_ROWS
+CLOSE = 0.01  # ends of a bracket
 ROUNDING_MIB = 150.0
 SAME_GAIN = 0.05
 LISTED_MODELS = ("llama4_scout", "qwen3_30b_a3b", "qwen3_next_80b")
@@ -46,20 +52,19 @@ def _listed(model: str) -> Settings:
 
 def reserve_formula(evidence: Evidence) -> Verdict:
     """C8: what each SGLang version reserves of an H200, and how it moves with the prefill chunk."""
-    chunk, graph_bs = 8192, 256
-    formula = 1.5 * chunk + 2 * graph_bs
-    reserves = {v: _reserved_mib(v, chunk, graph_bs) for v in VERSIONS}
-    moved = {v: _reserved_mib(v, 2 * chunk, graph_bs) - r for v, r in reserves.items()}
+    reserves = {v: _reserved_mib(v, CHUNK_TOKENS, GRAPH_ROWS) for v in VERSIONS}
+    moved = {v: _reserved_mib(v, 2 * CHUNK_TOKENS, GRAPH_ROWS) - r for v, r in reserves.items()}
     # The fraction is rounded to three decimals (144 MiB), and 0.5.12 adds 8 MiB a graph size.
-    with_term = [v for v, d in moved.items() if 0.9 < d / (1.5 * chunk) < 1.2]
-    exact = [v for v, r in reserves.items() if abs(r - formula) < ROUNDING_MIB]
+    with_term = [v for v, d in moved.items() if 0.9 < d / (1.5 * CHUNK_TOKENS) < 1.2]
+    exact = [v for v, r in reserves.items() if abs(r - FORMULA_MIB) < ROUNDING_MIB]
     verdict = SUPPORTED if len(exact) == len(reserves) else CONDITIONAL if with_term else REFUTED
     return Verdict(
         verdict,
         f"the term 1.5 x chunked_prefill stands in {', '.join(with_term) or 'no version'}, beside "
-        f"further terms; at chunked_prefill 8192 and graph_bs 256 it gives {formula:,.0f} MiB, the "
-        "versions reserve " + ", ".join(f"{r:,.0f} ({v})" for v, r in reserves.items()),
-        measured=formula,
+        f"further terms; at chunked_prefill {CHUNK_TOKENS} and graph_bs {GRAPH_ROWS} the formula "
+        f"gives {FORMULA_MIB:,.0f} MiB, the versions reserve "
+        + ", ".join(f"{r:,.0f} ({v})" for v, r in reserves.items()),
+        measured=round(reserves[VERSIONS[-1]]),
         basis="source, SGLang " + ", ".join(reserves),
     )
 
@@ -74,35 +79,77 @@ def _reserved_mib(version: str, chunk: int, graph_bs: int) -> float:
 
 
 def weight_offload(evidence: Evidence) -> Verdict:
-    """C15: tokens that a static pool gains when no weights are on the device."""
+    """C15: tokens that a static pool gains when no weights are on the device; its price in time.
+
+    Measured where both ends of both brackets were, else planned.
+    """
+    static = [
+        r
+        for r in evidence.rows
+        if r["strategy"] == "static" and r["model"] == "report" and whole_context(r)
+        and r["basis"] == "measured"
+    ]  # fmt: skip
+    away = [r for r in static if r.get("read_weights") == "offload"]
+    here, largest = _bracketed([r for r in static if r not in away]), _bracketed(away)
+    rows, basis = (*here, *largest), ""
+    if here and largest:
+        tokens, most = here[0]["context_tokens"], largest[0]["context_tokens"]
+    else:
+        rows, basis = (), "planned"
+        tokens, most = _planned_without_weights()
+    gained, enough = most - tokens, most >= MILLIONS_10
+    price, timed = _offload_price(evidence)
+    return Verdict(
+        SUPPORTED if enough else CONDITIONAL if gained > 0 else REFUTED,
+        f"it frees {_report().model.weights_bytes / 2**30:.0f} GiB of weights, {gained:,} tokens "
+        f"on top of {tokens:,}: 10M {'then starts' if enough else 'still does not start'}; {price}",
+        (*rows, *timed),
+        gained,
+        basis,
+    )
+
+
+def _bracketed(rows: list[Row]) -> tuple[Row, ...]:
+    """The longest context that starts and the shortest that does not, where they are close."""
+    good = max((r for r in rows if starts(r)), key=_context, default=None)
+    bad = min((r for r in rows if not starts(r)), key=_context, default=None)
+    if good is None or bad is None or not 0 < _context(bad) / _context(good) - 1 < CLOSE:
+        return ()
+    return good, bad
+
+
+def _context(row: Row) -> int:
+    return int(row["context_tokens"])
+
+
+def _planned_without_weights() -> tuple[int, int]:
+    """The longest contexts that static starts with, with weights on the device and without."""
     options = asdict(StaticConf())
     options.pop("name")
     settings = replace(_report(), strategy="static", options=options)
-    here = points(settings).startup.ok or 0
     bare = replace(settings, model=replace(settings.model, weights_bytes=1))
-    largest = points(bare).startup.ok or 0
-    gained = largest - here
+    return points(settings).startup.ok or 0, points(bare).startup.ok or 0
+
+
+def _offload_price(evidence: Evidence) -> tuple[str, tuple[Row, ...]]:
+    """What a decode step takes with offloaded weights, beside one that reads them on the device."""
     timed = [
         r
         for r in evidence.every
-        if r.get("read_weights") == "offload"
-        and r["basis"] == "measured"
-        and r.get("attention_decode_step_ms") is not None
+        if r["basis"] == "measured" and r.get("attention_decode_step_ms") is not None
     ]
-    price = (
-        f"; a decode step then takes {timed[0]['attention_decode_step_ms']:.1f} ms"
-        if timed
-        else "; what it costs in step time: run experiment=remedies"
-    )
-    enough = largest >= MILLIONS_10
-    return Verdict(
-        SUPPORTED if enough else CONDITIONAL if gained > 0 else REFUTED,
-        f"it frees {settings.model.weights_bytes / 2**30:.0f} GiB, {gained:,} tokens on top of "
-        f"{here:,}: 10M {'then starts' if enough else 'still does not start'}{price}",
-        tuple(timed),
-        gained,
-        "planned",
-    )
+    for row in timed:
+        if row.get("read_weights") != "offload":
+            continue
+        took = f"a decode step at {row['resident_tokens']:,} tokens then takes "
+        took += f"{row['attention_decode_step_ms']:.1f} ms"
+        same = ("strategy", "model", "resident_tokens", "device_name")
+        for near in timed:
+            if near.get("read_weights") == "device" and all(near[k] == row[k] for k in same):
+                took += f" instead of {near['attention_decode_step_ms']:.1f}"
+                return took, (row, near)
+        return took, (row,)
+    return "what it costs in step time: run experiment=remedies", ()
 
 
 def context_parallelism(evidence: Evidence) -> Verdict:

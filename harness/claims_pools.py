@@ -21,6 +21,8 @@ from harness.evidence import (
 from harness.rows import Row
 
 REPORTED_GB_FOR_10M = 182.0
+GB = 1e9
+REPORTED_GB = 1000 * 2**20  # the report reads 0.0234 MiB as MB, and a thousand of them as a GB
 REPORTED_FRACTION = 0.78  # of the context, with which the report counts
 SAME_FIGURE = 0.02
 SAME = 0.01  # resident tokens of two strategies within 1 % are the same
@@ -147,26 +149,28 @@ def bytes_of_ten_million(evidence: Evidence) -> Verdict:
     ]
     if not rows:
         return undecided("strategy=static model=report context=10M")
-    asked = rows[0]["oom_requested_bytes"] * scale(rows[0])
+    row = rows[0]
+    tokens = row["context_tokens"] * row["kv_bytes_per_token"]
+    asked = min(row["oom_requested_bytes"], tokens) * scale(row)  # not what rounds it up to chunks
     part = REPORTED_FRACTION * asked
-    text = f"10M tokens at {token_kib(rows[0]):g} KiB are {asked / 1e9:.1f} GB"
-    text += f" ({asked / 2**30:.1f} GiB)"
+    text = f"10M tokens at {token_kib(row):g} KiB are {asked / GB:.1f} GB ({asked / 2**30:.1f} GiB)"
     if _near_reported(asked):
         verdict = SUPPORTED
     elif _near_reported(part):
         verdict = CONDITIONAL
         text += (
-            f"; the report counts 7.8M tokens (0.78 x 10M), which are {part / 1e9:.1f} GB "
-            f"({part / 2**30:.1f} GiB)"
+            f"; the report counts 7.8M tokens (0.78 x 10M) and 1,000 MiB as a GB: "
+            f"{part / REPORTED_GB:.1f} of those, {part / GB:.1f} GB ({part / 2**30:.1f} GiB)"
         )
     else:
         verdict = REFUTED
-    return Verdict(verdict, text, tuple(rows), round(asked / 1e9, 1), "arithmetic")
+    return Verdict(verdict, text, tuple(rows), round(asked / GB, 1), "arithmetic")
 
 
 def _near_reported(nbytes: float) -> bool:
-    """Whether bytes are the report's figure within 2 %, which may be in GB or in GiB."""
-    return any(abs(nbytes / unit / REPORTED_GB_FOR_10M - 1) <= SAME_FIGURE for unit in (1e9, 2**30))
+    """Whether bytes are the report's figure within 2 %, in GB or as the report counts them."""
+    figures = (nbytes / GB, nbytes / REPORTED_GB)
+    return any(abs(figure / REPORTED_GB_FOR_10M - 1) <= SAME_FIGURE for figure in figures)
 
 
 def risk_of_oom(evidence: Evidence) -> Verdict:
@@ -290,7 +294,10 @@ def on_demand_starts(evidence: Evidence) -> Verdict:
     if not paged or not static:
         return undecided("-m strategy=static,paged model=report context=10M")
     works = all(map(starts, paged)) and not any(map(starts, static))
-    text = "for start-up" if works else "both behave alike"
+    text = "for start-up"
+    if not works:
+        counts = (f"{sum(map(starts, own))} of {len(own)}" for own in (paged, static))
+        text = "{} paged trials start, {} static ones".format(*counts)
     ends = _ends(evidence) if works else None
     if ends is not None:
         held, room = (r["resident_tokens"] for r in ends)

@@ -14,8 +14,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-def read_runs(folders: Sequence[str]) -> Outcome:
+def read_runs(folders: Sequence[str], rows_only: bool = False) -> Outcome:
     """Rows, ledger events and timings of runs; of a trial that several hold, the last one's.
+
+    Parameters
+    ----------
+    folders : sequence of str
+    rows_only : bool
+        Leave ledger events and timings where they are.
 
     Raises
     ------
@@ -30,7 +36,8 @@ def read_runs(folders: Sequence[str]) -> Outcome:
     for folder in folders:
         try:
             run = load_run(folder)
-            own, events, raw = _records(run.rows), _records(run.timeline), run.samples()
+            own = _records(run.rows)
+            events, raw = ([], []) if rows_only else (_records(run.timeline), run.samples())
         except RunError as error:
             raise BadValue("claims.from", folder, f"folders of runs ({error})") from None
         rows |= {_key(r): r for r in own}

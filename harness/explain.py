@@ -1,4 +1,4 @@
-"""``python -m harness.explain LOG`` or ``--command '…' --config config.json --gpu h200``.
+"""``python -m harness.explain LOG`` and/or ``--command '…' --config config.json --gpu h200``.
 
 Reads an engine's start-up log or command line and a Hugging Face config.json, and names the
 allocation that failed, the one that ate the memory, and the smallest change of flags that starts,
@@ -9,10 +9,12 @@ Exit 0 with an answer, 2 for bad input, with one line.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 
 from harness.arguments import OneLineParser
+from harness.explain_differs import disagreements
 from harness.explain_formula import request_table_answer
 from harness.explain_launch import Launch, parse_command
 from harness.explain_log import LogFacts, read_log
@@ -37,58 +39,83 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Logs and configs are read as data: nothing in them is executed.",
     )
     parser.add_argument("log", nargs="?", metavar="LOG", help="a start-up log of SGLang or vLLM")
-    parser.add_argument("--command", help="instead of a log: the command that starts the engine")
+    parser.add_argument(
+        "--command", help="the command that starts the engine: without a log, or for its flags"
+    )
     parser.add_argument("--config", help="the model's config.json")
     parser.add_argument("--gpu", help=", ".join(GPUS))
     parser.add_argument("--engine-version", help="when the log does not say it")
     options = parser.parse_args(argv)
     try:
-        print(explain(options))
+        answer = explain(options)
     except (BadValue, ValueError) as error:
-        print(f"harness.explain: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"harness.explain: {_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
+    # A log's words are a stranger's: none of them may drive the terminal.
+    print("\n".join(map(_line, answer.split("\n"))))
     return 0
+
+
+def _line(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def explain(options: argparse.Namespace) -> str:
     """The whole answer; raises :class:`BadValue`."""
-    if (options.log is None) == (options.command is None):
-        raise BadValue("LOG", options.log or "", "either a LOG or --command")
     facts: LogFacts | None = None
     if options.log is not None:
         facts = read_log(read_text(options.log, "LOG", MAX_LOG_BYTES))
+    if options.command is not None:
+        launch = _with_log(parse_command(options.command), facts)
+    elif facts is not None:
         launch = facts.launch
     else:
-        launch = parse_command(options.command)
+        raise BadValue("LOG", "", "a LOG, --command, or both")
     if options.engine_version:
+        if not re.fullmatch(r"\d+\.\d+[\w.]{0,20}", options.engine_version):
+            raise BadValue("--engine-version", options.engine_version, "a release, such as 0.5.9")
         launch.version = options.engine_version
-    gpu = _gpu(options.gpu, facts)
+    gpu = _gpu(options.gpu, facts, needed=options.config is not None)
     config = read_hf_config(options.config) if options.config else None
     parts = _heading(launch, gpu)
-    if config is None:
+    if config is None or gpu is None:
         return "\n".join(parts + _without_config(launch, gpu, facts))
     asked = question(launch, config, gpu, facts)
     return "\n".join(parts + _with_config(launch, config, asked, facts))
 
 
-def _gpu(name: str | None, facts: LogFacts | None) -> Gpu:
+def _with_log(launch: Launch, facts: LogFacts | None) -> Launch:
+    """A command's flags, with the version and the context that only its log says."""
+    if facts is None:
+        return launch
+    if facts.launch.engine != launch.engine:
+        raise BadValue("--command", launch.engine, f"a start of {facts.launch.engine}, as the log")
+    launch.version = launch.version or facts.launch.version
+    launch.context_tokens = launch.context_tokens or facts.launch.context_tokens
+    return launch
+
+
+def _gpu(name: str | None, facts: LogFacts | None, needed: bool) -> Gpu | None:
     if name is not None:
         return gpu_named(name)
     if facts is not None and facts.total_bytes:
         return gpu_with_total(facts.total_bytes)
-    raise BadValue("--gpu", "(not given)", ", ".join(GPUS))
+    if needed or facts is None or facts.outcome != "refused":
+        raise BadValue("--gpu", "(not given)", ", ".join(GPUS))
+    return None
 
 
 def _row(name: str, text: str) -> str:
     return f"{name:<10} {text}"
 
 
-def _heading(launch: Launch, gpu: Gpu) -> list[str]:
+def _heading(launch: Launch, gpu: Gpu | None) -> list[str]:
     version = f" {launch.version}" if launch.version else ""
     context = f"context {launch.context_tokens:,}" if launch.context_tokens else "default context"
+    where = gpu.name if gpu else "a GPU"
     flags = [engine_flag(launch.engine, k, _shown(v)) for k, v in launch.flags.items()]
     return [
-        _row("engine", f"{ENGINE_NAMES[launch.engine]}{version} on {gpu.name}, {context}, "
+        _row("engine", f"{ENGINE_NAMES[launch.engine]}{version} on {where}, {context}, "
              f"TP {launch.tensor_parallel}, K/V {launch.kv_dtype}"),
         _row("flags", " ".join(flags) or "defaults"),
     ]  # fmt: skip
@@ -105,13 +132,13 @@ def _failure_in_log(facts: LogFacts | None) -> list[str]:
     if facts.outcome == "refused":
         return [_row("log says", f"refused: {facts.message}")]
     where = f" at {facts.where}" if facts.where else ""
-    tried = f"tried {gib(facts.tried_bytes)} with {gib(facts.free_bytes)} free"
-    return [_row("log says", f"out of memory{where}: {tried}")]
+    tried = f": tried {gib(facts.tried_bytes)} with {gib(facts.free_bytes)} free"
+    return [_row("log says", f"out of memory{where}{tried if facts.tried_bytes else ''}")]
 
 
-def _without_config(launch: Launch, gpu: Gpu, facts: LogFacts | None) -> list[str]:
+def _without_config(launch: Launch, gpu: Gpu | None, facts: LogFacts | None) -> list[str]:
     """An answer from formulas that need no geometry, or the request for a config.json."""
-    answer = request_table_answer(launch, gpu, facts)
+    answer = request_table_answer(launch, gpu, facts) if gpu else None
     if facts is None or (answer is None and facts.outcome in ("ok", "unknown")):
         raise BadValue("--config", "(not given)", "the model's config.json (its layers and heads)")
     parts = _failure_in_log(facts)
@@ -122,6 +149,13 @@ def _without_config(launch: Launch, gpu: Gpu, facts: LogFacts | None) -> list[st
     if facts.outcome == "refused" and facts.needed_bytes:
         parts.append(_row("needed", f"{gib(facts.needed_bytes)}, {gib(facts.available_kv_bytes)} "
                                     "available for K/V"))  # fmt: skip
+    if launch.engine == "sglang" and facts.outcome == "oom" and not launch.context_tokens:
+        parts.append(_row("note", "the log says no context length: req_to_token grows with it, and "
+                          "no message names that table; give --command or --config"))  # fmt: skip
+    if facts.outcome == "refused" and facts.failed == "gpu_memory_utilization" and gpu:
+        share = int(facts.free_bytes / gpu.total_bytes * 100) / 100
+        parts.append(_row("change", f"--gpu-memory-utilization {share:.2f}  to be let in (what is "
+                          "free now); or free what others hold"))  # fmt: skip
     parts.append(_row("note", "with --config config.json the planner gives every allocation"))
     return parts
 
@@ -132,7 +166,7 @@ def _with_config(
     spec = asked.spec
     made = predict(spec)
     parts = _failure_in_log(facts)
-    parts += _answer(launch, made, facts)
+    parts += _answer(made, facts, spec.capacity_bytes)
     if not made.started:
         parts += _changes(launch, smallest_change(spec, "start"), smallest_change(spec, "admit"))
         largest, failing = largest_context_that_starts(spec)
@@ -142,14 +176,14 @@ def _with_config(
         parts += _changes(launch, None, smallest_change(spec, "admit"))
     parts += [_row("note", note) for note in (*asked.notes, *made.notes)]
     if facts is not None:
-        parts += _disagreement(made, facts)
+        parts += [_row("differs", text) for text in disagreements(made, facts)]
     table = items_table(made, 1, spec.capacity_bytes)
     settings = ", ".join(f"{k}={v}" for k, v in made.settings.items())
     title = f"planner: {config.architecture}, {settings}"
     return [*parts, "", title, table]
 
 
-def _answer(launch: Launch, made: Prediction, facts: LogFacts | None) -> list[str]:
+def _answer(made: Prediction, facts: LogFacts | None, capacity_bytes: int) -> list[str]:
     """What failed and what ate the memory."""
     started = made.started and (facts is None or facts.outcome not in ("oom", "refused"))
     if started:
@@ -162,7 +196,9 @@ def _answer(launch: Launch, made: Prediction, facts: LogFacts | None) -> list[st
     if made.outcome == "refused" and (facts is None or facts.outcome != "refused"):
         parts.append(_row("says", made.message))
     ate = eater(made)
-    if ate is not None and made.outcome == "oom":
+    if item is not None and item.nbytes > capacity_bytes:
+        parts.append(_row("ate it", f"nothing before it: {item.allocation} alone exceeds the GPU"))
+    elif ate is not None and made.outcome == "oom":
         parts.append(
             _row("ate it", f"{ate.allocation}: {gib(ate.nbytes)}  {ate.shape}  {ate.source}")
         )
@@ -189,20 +225,6 @@ def _changes(launch: Launch, start: Change | None, admit: Change | None) -> list
 
 def _same_keys(one: Change, other: Change) -> bool:
     return [key for key, _ in one.flags] == [key for key, _ in other.flags]
-
-
-def _disagreement(made: Prediction, facts: LogFacts) -> list[str]:
-    """Say where the formulas and the log differ."""
-    out = []
-    if facts.outcome in ("oom", "refused") and made.started:
-        out.append("the formulas expect a start; the log shows none")
-    if facts.outcome == "ok" and not made.started:
-        out.append("the formulas expect no start; the log shows one")
-    if facts.pool_tokens and made.pool_tokens:
-        off = made.pool_tokens / facts.pool_tokens - 1
-        if abs(off) > 0.01:
-            out.append(f"the log's pool has {facts.pool_tokens:,} tokens, {off:+.1%} off")
-    return [_row("differs", text) for text in out]
 
 
 if __name__ == "__main__":

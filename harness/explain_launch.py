@@ -42,9 +42,10 @@ _VLLM = {
     "decode_context_parallel_size": "count",
 }
 _FLAGS = {"sglang": _SGLANG, "vllm": _VLLM}
+_SIXTEEN_BITS = ("auto", "bfloat16", "bf16", "float16", "fp16", "half")
 _CONTEXT = ("context_length", "max_model_len")
 _TP = ("tp", "tp_size", "tensor_parallel_size")
-_OTHER_RANKS = ("pp_size", "dp_size", "pipeline_parallel_size", "data_parallel_size")
+_OTHER_RANKS = ("pp", "dp", "pp_size", "dp_size", "pipeline_parallel_size", "data_parallel_size")
 
 
 @dataclass
@@ -135,7 +136,7 @@ def apply_flag(launch: Launch, key: str, value: object) -> None:
     elif key in _OTHER_RANKS and _number(key, value) > 1:
         launch.notes.append(f"{key}={value} is not modelled: figures are for one group of ranks")
     elif key == "kv_cache_dtype":
-        launch.kv_dtype = str(value)
+        _apply_kv_dtype(launch, str(value))
     elif key in ("model", "model_path"):
         launch.model = str(value)
     elif key in ("disable_hybrid_kv_cache_manager", "no_disable_hybrid_kv_cache_manager"):
@@ -144,6 +145,12 @@ def apply_flag(launch: Launch, key: str, value: object) -> None:
         made = _value(key, value, _FLAGS[launch.engine][key])
         if made is not None:
             launch.flags[key] = made
+
+
+def _apply_kv_dtype(launch: Launch, value: str) -> None:
+    launch.kv_dtype = value
+    if "fp8" not in value and value not in _SIXTEEN_BITS:
+        launch.notes.append(f"kv_cache_dtype={value} is not modelled: K/V in 16 bits")
 
 
 def _apply_context(launch: Launch, key: str, value: object) -> None:

@@ -16,18 +16,30 @@ _PAIR = re.compile(
     r"['\"]?([A-Za-z_][A-Za-z0-9_]{0,60})['\"]?\s?[=:]\s?"
     r"('[^']{0,4096}'|\"[^\"]{0,4096}\"|None|True|False|-?\d+(?:\.\d+)?|[A-Za-z0-9_.-]{1,200})"
 )
+_FIGURE = r"(\d{1,9}(?:\.\d{1,9})?)"
 _OOM = re.compile(
-    r"Tried to allocate ([\d.]+) ([KMG]i?B)\. GPU \d+ has a total capacity of ([\d.]+) GiB of "
-    r"which ([\d.]+) ([KMG]i?B) is free"
+    rf"Tried to allocate {_FIGURE} ([KMG]i?B)\. GPU \d+ has a total capacity of {_FIGURE} GiB of "
+    rf"which {_FIGURE} ([KMG]i?B) is free"
 )
 _FRAME = re.compile(r'File "([^"]{1,500})", line (\d{1,7}), in (\w+)')
 _SHORT_FRAME = re.compile(r"(\w+\.py):(\d{1,7}) (\w+)")
 _NEEDS = re.compile(
-    r"max seq len \((\d{1,15})\), \(([\d.]+) GiB KV cache is needed, which is larger than the "
-    r"available KV cache memory \(([\d.]+) GiB\)"
+    rf"max seq len \((\d{{1,15}})\), \({_FIGURE} GiB KV cache is needed, which is larger than the "
+    rf"available KV cache memory \({_FIGURE} GiB\)"
 )
-_VERSION = re.compile(r"(?:LLM engine \(v|vLLM (?:API server )?version |sglang[ =v]+)([\w.]{3,20})")
-_FIGURE_WORDS = ("Load weight", "loading took", "KV cache", "#tokens")
+_TOO_BUSY = re.compile(
+    rf"Free memory on device [\w:]{{1,20}} \({_FIGURE}/{_FIGURE} GiB\) on startup is less than"
+)
+_REFUSALS = (  # words of a refusal -> what is refused
+    ("Not enough memory. Please try to increase", "kv_pool"),
+    ("leave no GPU memory for the KV cache", "kv_pool"),
+    ("No available memory for the cache blocks", "kv_pool"),
+    ("is less than desired GPU memory utilization", "gpu_memory_utilization"),
+)
+_VERSION = re.compile(
+    r"(?:LLM engine \(v|vLLM (?:API server )?version |sglang[ =v]+)(\d[\w.]{2,19})"
+)
+_FIGURE_WORDS = ("Load weight", "loading took", "KV cache", "#tokens", "KV pool holds")
 MAX_HEAD_LINES = 20_000
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 1 << 10, "MB": 1 << 20}
 _UNITS["GB"] = 1 << 30
@@ -94,11 +106,12 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
             _read_oom(facts, line, frame)
         elif "KV cache is needed" in line and (needs := _NEEDS.search(line)) is not None:
             _read_refusal(facts, line, needs)
-        elif "Not enough memory. Please try to increase" in line:
-            facts.outcome, facts.failed, facts.message = "refused", "kv_pool", _after_type(line)
-        elif "is less than desired GPU memory utilization" in line:
-            facts.outcome, facts.failed = "refused", "gpu_memory_utilization"
-            facts.message = _after_type(line)
+        for words, what in _REFUSALS:
+            if words in line:
+                facts.outcome, facts.failed, facts.message = "refused", what, _after_type(line)
+        if (busy := _TOO_BUSY.search(line)) is not None:
+            facts.free_bytes, facts.total_bytes = _gib(busy[1]), _gib(busy[2])
+            facts.free_before_bytes = facts.free_bytes
         if facts.outcome == "oom" and not facts.failed:
             _name_failure(facts, next(_frames(line), None))
     if facts.outcome == "unknown" and any(_is_ready(line) for line in found):
@@ -109,7 +122,14 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
 def _engine(found: list[str]) -> str | None:
     signs = {
         "sglang": ("server_args=", "ServerArgs(", "sglang", "memory_pool.py", "Load weight begin"),
-        "vllm": ("vllm", "non-default args", "KV cache is needed", "gpu_memory_utilization"),
+        "vllm": (
+            "vllm",
+            "vLLM",
+            "non-default args",
+            "KV cache is needed",
+            "gpu_memory_utilization",
+            "GPU memory utilization",
+        ),
     }
     # The start is what counts; a server's log may go on for days.
     head = found[:MAX_HEAD_LINES]
@@ -157,6 +177,8 @@ def _read_figures(facts: LogFacts, line: str) -> None:
     if (match := re.search(r"Available KV cache memory: ([\d.]{1,9}) GiB", line)) is not None:
         facts.available_kv_bytes = _gib(match[1])
     if (match := re.search(r"#tokens: (\d{1,15})", line)) is not None:
+        facts.pool_tokens = int(match[1])
+    if (match := re.search(r"KV pool holds (\d{1,15}) tokens", line)) is not None:
         facts.pool_tokens = int(match[1])
     if (match := re.search(r"GPU KV cache size: ([\d,]{1,20}) tokens", line)) is not None:
         facts.pool_tokens = int(match[1].replace(",", ""))

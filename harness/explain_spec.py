@@ -83,6 +83,11 @@ def question(launch: Launch, config: HFConfig, gpu: Gpu, facts: LogFacts | None 
         hopper=gpu.hopper,
         granularity_bytes=CUDA_GRANULARITY_BYTES,
     )
+    if config.vision and engine == "sglang":
+        notes.append(
+            "SGLang lowers mem_fraction_static for a vision tower and captures no piecewise graphs "
+            "there: not modelled, its pool is smaller than below"
+        )
     if launch.kv_dtype == "auto":
         notes.append("kv_cache_dtype=auto: K/V in 16 bits")
     return Question(spec, tuple(notes))

@@ -42,6 +42,7 @@ class HFConfig:
     tied: bool
     quantized: bool
     state_bytes: int
+    vision: bool
 
     def engine_model(self, tensor_parallel: int = 1, kv_itemsize: int = 1) -> EngineModel:
         """Shape one of ``tensor_parallel`` ranks."""
@@ -132,6 +133,7 @@ def read_hf_config(path: str | Path, key: str = "--config") -> HFConfig:
         tied=raw.get("tie_word_embeddings") is True,
         quantized=_is_8_bit(outer) or _is_8_bit(raw),
         state_bytes=_state_bytes(raw, fields, layers - kinds[0] - kinds[1]),
+        vision=isinstance(outer.get("vision_config"), dict),
     )
 
 

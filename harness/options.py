@@ -11,6 +11,10 @@ from harness.workspace import workspace_reserve_bytes
 from kernels.view import DTYPE_BYTES
 from strategies.engine_model import EngineModel
 
+# Recurrent state of a request over all ranks, beside the K/V. Qwen3-Next-80B-A3B: 36 layers of 32
+# heads of 128 x 128 in 32 bits, and 3 rows of 8,192 convolution channels in 16.
+STATE_BYTES = {"Qwen3NextForCausalLM": 36 * (32 * 128 * 128 * 4 + 3 * 8192 * 2)}
+
 
 def strategy_options(settings: Settings) -> dict[str, Any]:
     """Keyword arguments for :func:`strategies.registry.build`; sizes in the device's own bytes."""
@@ -49,6 +53,7 @@ def engine_model(settings: Settings) -> EngineModel:
         window_tokens=model.window_tokens,
         rotary_dim=model.rotary_dim,
         max_position_embeddings=max(10_000_000, settings.context_tokens),
+        state_bytes_per_request=-(-STATE_BYTES.get(model.architecture, 0) // tp),
         moe=model.moe,
         architecture=model.architecture,
         name=model.name,

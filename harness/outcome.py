@@ -35,7 +35,10 @@ def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -
     try:
         run = load_run(folder.path)
         try:
-            figures = draw_run(folder.path, run.rows, run.timeline, summary)
+            if run.of_earlier_runs:  # whose figures lie in their own folders
+                figures = []
+            else:
+                figures = draw_run(folder.path, run.rows, run.timeline, summary)
         except RunError as error:
             if "cannot be drawn" not in str(error):
                 raise

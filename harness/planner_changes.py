@@ -12,7 +12,12 @@ from harness.planner_spec import PlanSpec, Prediction
 GOALS = ("start", "admit")
 REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
+LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
+
+# Without it 0.11.0 turns the manager off for chunked-local layers, whatever the flag says
+# (config/__init__.py:499-529@0.11.0); it is set from 0.19.1 on (envs.py:225@0.23.0).
+CHUNKED_HYBRID = "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE"
 
 Flags = tuple[tuple[str, str], ...]
 Candidate = tuple[Flags, str, PlanSpec]
@@ -134,7 +139,10 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
     model = spec.engine_model
     if model is not None and model.window_layers:
         changed = spec.with_options(hybrid_kv_cache_manager=True)
-        yield (("hybrid_kv_cache_manager", "true"),), "local layers keep one window", changed
+        costs = "local layers keep one window"
+        if model.window_kind == "chunked" and spec.options.get("version") == "0.11.0":
+            costs += f"; only with {CHUNKED_HYBRID}=1 in the environment"
+        yield (("hybrid_kv_cache_manager", "true"),), costs, changed
     higher = [u for u in UTILIZATIONS if u > float(now)]
     for share in higher:
         flags = (("gpu_memory_utilization", str(share)),)
@@ -160,6 +168,11 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
         "slower decoding, smaller prefill chunks, little room for anything else",
         changed,
     )
+    for share in LOWER_UTILIZATIONS:  # where others hold some of the GPU
+        if share < float(now):
+            flags = (("gpu_memory_utilization", str(share)),)
+            changed = spec.with_options(gpu_memory_utilization=share)
+            yield flags, "a pool of {pool} tokens", changed
 
 
 def _static(spec: PlanSpec) -> Iterator[Candidate]:

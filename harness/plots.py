@@ -121,8 +121,8 @@ def _remove_others(folder: Path, drawn: list[Path]) -> None:
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
-    """Draw every figure of a run that was read from its folder."""
-    return figures(run.rows, run.timeline, run.summary)
+    """Draw every figure of a run that was read from its folder; none of rows of earlier runs."""
+    return {} if run.of_earlier_runs else figures(run.rows, run.timeline, run.summary)
 
 
 def _plan(

@@ -32,10 +32,7 @@ ITEMS = {
     "CUDA graphs": style.GREEN,
     "workspace": style.PURPLE,
 }
-ENGINE_TEXT = {
-    "measured": "Allocations of the engines' own code, emulated version by version.",
-    "planned": "Planned from the engines' formulas.",
-}
+LABELLED_GIB = 40.0  # a table as broad as its figure is long
 
 
 @style.styled
@@ -65,9 +62,10 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         gridspec_kw={"height_ratios": heights},
     )
     for axes, (model, part), found in zip(figure.axes, models, bars, strict=True):
-        _stack(axes, found)
-        for value in (part["capacity_bytes"] * scale(part)).dropna().unique():
-            axes.axvline(value / GIB, color="black", linewidth=1, linestyle=(0, (4, 2)))
+        ends = (part["capacity_bytes"] * scale(part) / GIB).dropna().unique()
+        _stack(axes, found, max(ends, default=0.0))
+        for value in ends:
+            axes.axvline(value, color="black", linewidth=1, linestyle=(0, (4, 2)))
         axes.set_title(style.plain(f"{model or 'any model'}, one rank"), loc="left")
     figure.axes[-1].set_xlabel("asked for at start-up, GiB of one GPU")
     used = {name for found in bars for bar in found for name in bar[2]}
@@ -79,10 +77,20 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     device = " or ".join(dict.fromkeys(f"{size:.1f}" for size in sizes))
     handles.append(Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB"))
     style.legend(figure, handles, columns=3)
-    version = own.loc[own["emulated_version"] != "", "strategy"].tolist()
-    note = ENGINE_TEXT["planned" if (own["basis"] == "planned").all() else "measured"]
-    style.badge(figure, note if version else "", SCALE_TEXT if is_scale_model(own) else "")
+    style.badge(figure, _basis_text(own), SCALE_TEXT if is_scale_model(own) else "")
     return figure
+
+
+def _basis_text(own: pd.DataFrame) -> str:
+    """Name the versions that are emulated, and whether anything was allocated."""
+    emulated = own[own["emulated_version"] != ""]
+    names = dict.fromkeys(
+        f"{s} {v}" for s, v in zip(emulated["strategy"], emulated["emulated_version"], strict=True)
+    )
+    if not names:
+        return ""
+    how = "planned" if (own["basis"] == "planned").all() else "emulated"
+    return f"As {' and '.join(names)} start, {how} from their sources."
 
 
 Bar = tuple[str, str, dict[str, float], float, str]
@@ -101,8 +109,10 @@ def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
                 refused = max(row["oom_requested_bytes"] * factor, 0.0)
                 name = row["oom_allocation"] or row["oom_phase"]
                 said = f"{style.ENDS.get(row['status'], ('', row['status']))[1]}: {name}"
+                said += f" of {refused:.1f}" if refused else ""
                 if row["status"] == "refused" and row["oom_free_bytes"] >= 0:
-                    said = f"refused: {row['oom_free_bytes'] * factor:.1f} allowed"
+                    has = row["oom_free_bytes"] * factor
+                    said = f"refused: {refused:.1f} > {has:.1f}"
             out.append((one.label, tokens(row["context_tokens"]), found, refused, said))
     return out
 
@@ -141,7 +151,8 @@ def item_name(phase: str, allocation: str) -> str:
     )
 
 
-def _stack(axes: Axes, bars: list[Bar]) -> None:
+def _stack(axes: Axes, bars: list[Bar], device_gib: float) -> None:
+    """Draw the bars under their curves' names; notes stand clear of the device's line."""
     y, last, ticks = -1.0, "", []
     for label, context, found, refused, said in bars:
         y += 1
@@ -159,7 +170,8 @@ def _stack(axes: Axes, bars: list[Bar]) -> None:
             last, y = label, y + 1
         ticks.append((y, context))
         end = _bar(axes, y, found, refused)
-        style.bar_note(axes, end, y, f"{end:.0f}" + (f"  {said}" if said else ""), bool(said))
+        note = f"{end:.0f}" + (f"  {said}" if said else "")
+        style.bar_note(axes, max(end, device_gib), y, note, bool(said))
     axes.set_yticks([at for at, _ in ticks], [context for _, context in ticks], fontsize=6)
     axes.tick_params("y", length=0)
     axes.set_ylim(y + 0.6, -0.6)
@@ -172,8 +184,12 @@ def _bar(axes: Axes, y: float, found: dict[str, float], refused: float) -> float
     """Draw one stacked bar; returns where it ends."""
     left = 0.0
     for name, colour in ITEMS.items():
-        axes.barh(y, found.get(name, 0), 0.75, left, color=colour, zorder=2)
-        left += found.get(name, 0)
+        width = found.get(name, 0)
+        axes.barh(y, width, 0.75, left, color=colour, zorder=2)
+        if name == "req_to_token" and width >= LABELLED_GIB:
+            middle = left + width / 2
+            axes.text(middle, y, f"{width:.2f}", fontsize=6, ha="center", va="center", zorder=3)
+        left += width
     if refused:
         axes.barh(y, refused, 0.75, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
     return left + refused
@@ -217,9 +233,10 @@ def figure_mem_fraction(rows: pd.DataFrame) -> Figure:
         handles.append(Line2D([], [], color=colour, marker="o", label=style.plain(label)))
     handles.append(Line2D([], [], color=style.DARK, marker="X", ls="", label="does not start"))
     for value in (own["capacity_bytes"] * scale(own)).dropna().unique():
-        style.capacity_line(axes, value / GIB)
-    axes.set(xlabel="mem_fraction", ylabel="needed at start-up, GiB", ylim=(0, None))
+        style.capacity_line(axes, value / GIB, below=True)
     axes.margins(y=0.12)
+    axes.set(xlabel="mem_fraction", ylabel="needed at start-up, GiB")
+    axes.set_ylim(0, axes.get_ylim()[1])
     style.legend(figure, handles, columns=1)
     at = " and ".join(tokens(c) for c in own["context_tokens"].dropna().unique())
     style.badge(figure, f"Context {at}.", SCALE_TEXT if is_scale_model(own) else "")

@@ -14,10 +14,25 @@ from harness.arguments import OneLineParser
 from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
 from harness.remedies import remedies_table
-from harness.runs import Run, RunError, clean, dicts, frame, load_runs, lookup, write_file
+from harness.runs import (
+    Run,
+    RunError,
+    clean,
+    dicts,
+    frame,
+    load_runs,
+    lookup,
+    rows_of_others,
+    write_file,
+)
 from harness.series import is_scale_model
 from harness.tabular import EMPTY, Table, markdown_text
 
+FIGURES_NOTE = "Every figure is drawn from `trials.csv` (a row a trial) and `timeline.csv`."
+JUDGED_NOTE = (
+    "The rows are those of earlier runs, which the command names: their ledger events, timings and "
+    "figures lie in their own folders."
+)
 SCALE_NOTE = "Scale model on a host: OOM points transfer to the modelled device, speeds do not."
 
 
@@ -43,12 +58,13 @@ def write_report_md(
     """
     del timeline
     rows = frame(rows)
+    run_id = clean(lookup(manifest, "run_id", default=""))
     lines = [f"# {markdown_text(title(folder, manifest))}", ""]
-    lines += [f"* {markdown_text(line)}" for line in answer(rows, summary)]
-    found = report_tables(rows, summary)
+    lines += [f"* {markdown_text(line)}" for line in said_of(rows, summary, run_id)]
+    found = report_tables(rows, summary, run_id)
     lines += _sections(found[:-2]) + _figures(folder) + _sections(found[-2:])
     lines += ["", "## Provenance", "", *provenance_lines(manifest)]
-    lines += ["", "Every figure is drawn from `trials.csv` (a row a trial) and `timeline.csv`."]
+    lines += ["", JUDGED_NOTE if rows_of_others(rows, run_id) else FIGURES_NOTE]
     return write_file(Path(folder) / "report.md", "\n".join(lines) + "\n")
 
 
@@ -62,12 +78,16 @@ def title(folder: Path, manifest: dict[str, Any]) -> str:
     return f"{experiment}: {clean(lookup(manifest, 'run_id', default='')) or Path(folder).name}"
 
 
-def report_tables(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
-    """Return the tables of a report that have a line; the last one is of every trial."""
+def report_tables(rows: pd.DataFrame, summary: dict[str, Any], run_id: str) -> list[Table]:
+    """Return the tables of a report that have a line; the last one is of every trial.
+
+    Of rows of earlier runs, whose own reports say the rest, only the verdicts and the rows.
+    """
+    judged_only = rows_of_others(rows, run_id)
     found = [
-        remedies_table(rows, summary),
-        tables.oom_points(summary),
+        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary)]),
         tables.verdicts(summary),
+        tables.carried(summary),
         *engine_tables(summary),
         tables.planner(rows),
         tables.sweep(rows, each=True),
@@ -95,6 +115,21 @@ def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         out.append(SCALE_NOTE)
     status = rows["status"].value_counts()
     return [*out, "Trials: " + ", ".join(f"{n} {s}" for s, n in sorted(status.items())) + "."]
+
+
+def said_of(rows: pd.DataFrame, summary: dict[str, Any], run_id: str) -> list[str]:
+    """Return the first sentences of a report: a run's answer, or whose rows are judged."""
+    return judged(rows) if rows_of_others(rows, run_id) else answer(rows, summary)
+
+
+def judged(rows: pd.DataFrame) -> list[str]:
+    """Return a sentence an earlier run whose rows are judged: how many, and on what they rest."""
+    bases = {"measured": "measured", "scale_model": "of the scale model", "planned": "planned"}
+    out = []
+    for (experiment, name), own in rows.groupby(["experiment", "run_id"], sort=False):
+        kinds = ", ".join(f"{n} {bases.get(b, b)}" for b, n in own["basis"].value_counts().items())
+        out.append(f"Rows of {experiment} {name}: {kinds}.")
+    return out
 
 
 def _figures(folder: Path) -> list[str]:
@@ -160,7 +195,7 @@ def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
     from harness.report_html import html_report
     from harness.report_latex import write_latex
 
-    for run in runs if redraw else ():
+    for run in [r for r in runs if redraw and not r.of_earlier_runs]:
         draw_run(run.folder, run.rows, run.timeline, run.summary)
     first = runs[0]
     page = write_report_md(first.folder, first.rows, first.timeline, first.summary, first.manifest)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from harness.columns import is_text
 from harness.plots import TITLES
-from harness.report import answer, figure_files, provenance, report_tables, title
+from harness.report import figure_files, provenance, report_tables, said_of, title
 from harness.runs import Run
 from harness.tabular import EMPTY, Table, known
 
@@ -102,7 +102,7 @@ def html_report(runs: Sequence[Run]) -> str:
 
 def _run(run: Run, number: int, count: int) -> str:
     prefix = f"run{number}-" if count > 1 else ""
-    tables = report_tables(run.rows, run.summary)
+    tables = report_tables(run.rows, run.summary, run.run_id)
     sections = [
         f'<h2 id="{prefix}table{n}">{html.escape(t.title)}</h2>\n{t.html(prefix)}'
         for n, t in enumerate(tables)
@@ -111,7 +111,7 @@ def _run(run: Run, number: int, count: int) -> str:
     names.insert(max(len(names) - 2, 0), (f"{prefix}figures", "Figures"))
     names += [(f"{prefix}rows", "Every row"), (f"{prefix}provenance", "Provenance")]
     links = "".join(f'<a href="#{i}">{html.escape(t)}</a>' for i, t in names)
-    said = "".join(f"<p>{html.escape(s)}</p>" for s in answer(run.rows, run.summary))
+    said = "".join(f"<p>{html.escape(s)}</p>" for s in said_of(run.rows, run.summary, run.run_id))
     return (
         f"<h1>{html.escape(title(run.folder, run.manifest))}</h1>\n{said}<nav>{links}</nav>\n"
         f"{_manifest(run)}"

@@ -64,6 +64,11 @@ class Run:
         """The run's own name: the manifest's, else the folder's."""
         return clean(lookup(self.manifest, "run_id", default="")) or self.folder.name
 
+    @property
+    def of_earlier_runs(self) -> bool:
+        """Whether its rows are those of other folders (``claims.from``), judged anew."""
+        return rows_of_others(self.rows, self.run_id)
+
     def samples(self) -> list[dict[str, Any]]:
         """Every raw timing of ``samples.jsonl``, a dict a line; a last line cut off is left out."""
         path = self.folder / "samples.jsonl"
@@ -160,6 +165,12 @@ def trials(rows: pd.DataFrame) -> pd.DataFrame:
                 row[name] = slow[name]
         out.append(row)
     return frame(pd.DataFrame(out).drop(columns=["_turn", "_bad", "_key"]))
+
+
+def rows_of_others(rows: pd.DataFrame, run_id: str) -> bool:
+    """Whether every row names a run, and none this one."""
+    named = rows["run_id"]
+    return bool(named.ne("").all() and named.ne(run_id).all())
 
 
 def lookup(data: Any, *path: str, default: Any = None) -> Any:  # noqa: ANN401

@@ -32,7 +32,7 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     """
     for one in settings:
         forecast.check(one)
-    earlier = read_runs(settings[0].claims_from)
+    earlier = read_runs(settings[0].claims_from, rows_only=True)
     devices = [d for s in settings if not s.claims_from for d in devices_here(s)]
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)

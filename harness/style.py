@@ -150,17 +150,20 @@ def plain_log_axis(axes: Axes, label: str) -> None:
     axes.set_ylabel(label)
 
 
-def capacity_line(axes: Axes, capacity_gib: float, text: str = "device") -> None:
-    """Draw where the device ends."""
+def capacity_line(
+    axes: Axes, capacity_gib: float, text: str = "device", below: bool = False
+) -> None:
+    """Draw where the device ends; its name stands over it at the left, or below at the right."""
     axes.axhline(capacity_gib, color=BLACK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5)
     axes.annotate(
         plain(f"{text}: {capacity_gib:.1f} GiB free"),
-        (0.01, capacity_gib),
+        (0.99 if below else 0.01, capacity_gib),
         xycoords=("axes fraction", "data"),
-        xytext=(0, 2),
+        xytext=(0, -2 if below else 2),
         textcoords="offset points",
         fontsize=6.5,
-        va="bottom",
+        ha="right" if below else "left",
+        va="top" if below else "bottom",
         bbox=WHITE_BOX,
         zorder=1.6,
     )

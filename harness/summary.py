@@ -13,9 +13,9 @@ SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
-    "strategy arm engine_version model strategy_options emulated_ranks context_ranks sequences "
-    "kv_dtype page_tokens chunk_bytes arena table_order capacity_bytes world_size parallel "
-    "workload hybrid read_weights fault"
+    "strategy arm engine_version model scale strategy_options emulated_ranks context_ranks "
+    "sequences kv_dtype page_tokens chunk_bytes arena table_order capacity_bytes world_size "
+    "parallel workload hybrid read_weights fault"
 ).split()
 ENDED = ("ok", "oom", "refused", "invalid")
 
@@ -77,9 +77,12 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
 def _named(name: str, value: Any, every: list[Any]) -> str:  # noqa: ANN401
     if name == "model":
         return str(value)
+    if name == "scale":
+        return f"scale model 1:{value}" if value and value != 1 else ""
     if name == "strategy_options":
         return _options_that_differ(value, every)
-    return f"{name.removesuffix('_bytes').removesuffix('_tokens')} {value}"
+    plain = name.removesuffix("_bytes").removesuffix("_tokens")
+    return f"no {plain}" if value is None else f"{plain} {value}"
 
 
 def _options_that_differ(value: str, every: list[str]) -> str:

@@ -213,6 +213,20 @@ def verdicts(summary: dict[str, Any]) -> Table:
     )
 
 
+def carried(summary: dict[str, Any]) -> Table:
+    """Return the trials that carry each verdict, by the ids of the table of trials."""
+    lines = tuple(
+        (clean(lookup(c, "id", default="")), f"{len(ids)}", ", ".join(ids))
+        for c in dicts(summary, "claims")
+        if (ids := _texts(lookup(c, "trials")))
+    )
+    return Table("Trials that carry each verdict", ("id", ">trials", "by id"), lines)
+
+
+def _texts(found: object) -> list[str]:
+    return [clean(v) for v in found] if isinstance(found, list) else []
+
+
 def _with_unit(claim: dict[str, Any]) -> str:
     text, unit = value(lookup(claim, "measured")), clean(lookup(claim, "unit", default=""))
     if text == EMPTY or not unit:

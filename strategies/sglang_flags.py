@@ -16,6 +16,17 @@ from strategies.engine_model import (
 )
 from strategies.sglang_tables import VERSIONS, at_least, piecewise_sizes
 
+# Whose window layers get a pool of their own (configs/model_config.py:1660-1675@0.5.12.post1).
+HYBRID_ARCHITECTURES = (
+    "Llama4ForConditionalGeneration",
+    "GptOssForCausalLM",
+    "MiMoV2ForCausalLM",
+    "MiMoV2FlashForCausalLM",
+    "Step3p5ForCausalLM",
+    "Gemma4ForCausalLM",
+    "Gemma4ForConditionalGeneration",
+    "LagunaForCausalLM",
+)
 BACKENDS = ("fa3", "flashinfer", "triton", "torch_native")
 
 
@@ -101,6 +112,8 @@ def resolve(
 
 def _hybrid(model: EngineModel, flags: SGLangFlags) -> bool:
     if not model.window_layers or flags.version == "0.4.6.post5":
+        return False
+    if model.architecture not in HYBRID_ARCHITECTURES:
         return False
     if at_least(flags.version, "0.5.9"):
         return not flags.disable_hybrid_swa_memory

@@ -18,7 +18,7 @@ VERSIONS = ("0.4.6.post5", "0.5.2", "0.5.3", "0.5.9", "0.5.12.post1", "0.5.23")
 # Rows of req_to_token beyond R: `size=max_num_reqs + 1` in model_runner.py:904@0.4.6.post5, a
 # padding row in memory_pool.py:145@0.5.12.post1; none in between (memory_pool.py:75@0.5.2).
 EXTRA_ROWS = {"0.4.6.post5": 1, "0.5.12.post1": 1, "0.5.23": 1}
-# model_runner_kv_cache_mixin.py:255@0.5.12.post1: room for what speculation appends.
+# model_runner_kv_cache_mixin.py:245@0.5.12.post1: room for what speculation appends.
 EXTRA_COLUMNS = 4
 
 # Where mem_cache/memory_pool.py allocates req_to_token.
@@ -34,7 +34,7 @@ REQUEST_TABLE_LINES = {
 # 1.06 GiB taken by the 58 piecewise graphs of a start on an H200 (chunks of 8192 tokens).
 PIECEWISE_MEASURED_BYTES = round(1.06 * 1024 * MIB)
 PIECEWISE_MEASURED_SIZES = 58
-# server_args.py:1568@0.5.12.post1 reserves this for each captured size.
+# An estimate: what server_args.py:1568@0.5.12.post1 reserves for each size of a piecewise graph.
 GRAPH_BYTES = 8 * MIB
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1
 
@@ -161,7 +161,7 @@ def graph_buffers(flags: SGLangFlags, settings: SGLangSettings, batches: list[in
     """Memory of the captured graphs themselves, after the pool."""
     items = []
     if batches:
-        source = "server_args.py:1568@0.5.12.post1 (8 MiB a captured size)"
+        source = "estimate (8 MiB a captured size, as SGLang reserves for a piecewise one)"
         items.append(
             Item("workspace", "decode_cuda_graphs", ((len(batches), GRAPH_BYTES),), source)
         )

@@ -32,6 +32,8 @@ from strategies.vllm_tables import (
 # rotary table in three starts of 0.23.0 on an H200, of which 1.28 GiB are activations.
 NON_TORCH_BYTES = round(0.31 * GIB)
 
+SEE_DOCS = " See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -233,8 +235,11 @@ def _does_not_fit(
             "No available memory for the cache blocks. Try increasing `gpu_memory_utilization` "
             "when initializing the engine"
         )
-        message += " (this flag also controls CPU memory reservation on the CPU backend)" * new
-        return Refusal("pool", "kv_pool", needed, max(0, available), message + ".")
+        message += (
+            " (this flag also controls CPU memory reservation on the CPU backend, despite its name)"
+        ) * new
+        message += "." + SEE_DOCS * new
+        return Refusal("pool", "kv_pool", needed, max(0, available), message)
     whose = "model's" if new else "models's"
     message = (
         f"To serve at least one request with the {whose} max seq len ({tokens}), "
@@ -247,7 +252,7 @@ def _does_not_fit(
         )
     message += "Try increasing `gpu_memory_utilization` "
     message += "(which also controls CPU memory on the CPU backend) " * new
-    message += "or decreasing `max_model_len` when initializing the engine."
+    message += "or decreasing `max_model_len` when initializing the engine." + SEE_DOCS * new
     return Refusal("pool", "kv_pool", needed, available, message)
 
 

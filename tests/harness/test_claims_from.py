@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from harness.check import check_run
 from harness.cli import main
+from harness.plots import figures_of
+from harness.report import write_report
+from harness.runs import load_run
 from tests.harness.command import read_json, rows, table
 
 
-def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("harness.outcome.draw", lambda *drawn: [])  # figures are not its matter
+def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, capsys):
     before = {p: p.read_bytes() for p in ten_million.folder.rglob("*") if p.is_file()}
     listed = f"claims.from=[{ten_million.folder},{timed.folder},{ten_million.folder}]"
     code = main(["experiment=claims", listed, f"results={tmp_path / 'runs'}"])
@@ -19,10 +22,9 @@ def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, cap
 
     own = rows(folder)
     assert own == rows(ten_million.folder) + rows(timed.folder)  # each once, with its run's name
-    events = {e["trial_id"] for e in table(folder / "timeline.csv")}
-    assert events == {r["trial_id"] for r in own}
-    samples = (folder / "samples.jsonl").read_text().splitlines()
-    assert len(samples) == len((timed.folder / "samples.jsonl").read_text().splitlines())
+    # Ledger events, timings and figures stay where they are: in the runs' own folders.
+    assert table(folder / "timeline.csv") == [] and (folder / "samples.jsonl").read_text() == ""
+    assert not (folder / "figures").exists()
 
     told = {c["id"]: c for c in read_json(folder / "summary.json")["claims"]}
     first = {c["id"]: c for c in read_json(ten_million.folder / "summary.json")["claims"]}
@@ -33,6 +35,20 @@ def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, cap
     assert told["C9"]["verdict"] == "undecided"
     assert "C20" in out  # an experiment on claims shows what arithmetic decides, too
     assert "C20" not in ten_million.out
+
+    report = (folder / "report.md").read_text()
+    assert "their ledger events, timings and figures lie in their own folders" in report
+    for source in (ten_million.folder, timed.folder):
+        assert f"Rows of sweep {source.name}: {len(rows(source))} of the scale model." in report
+    carried = report.split("## Trials that carry each verdict")[1].split("##")[0]
+    assert all(t in carried for t in told["C2"]["trials"])
+    judged = load_run(folder)
+    assert judged.of_earlier_runs and not load_run(timed.folder).of_earlier_runs
+    assert figures_of(judged) == {}
+    found = check_run(judged)
+    assert (found["samples"].outcome, found["samples"].reason) == ("n.a.", "rows of earlier runs")
+    assert found["schema"].outcome == "pass", found["schema"].reason
+    assert write_report([judged]) and not (folder / "figures").exists()
 
 
 def test_folders_that_are_no_runs(ten_million, tmp_path, capsys):

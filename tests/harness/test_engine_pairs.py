@@ -168,7 +168,7 @@ def test_graphs_off_are_judged_by_the_engine_itself(run):
         "peak_device_bytes": few["peak_device_bytes"] - (1 << 30),
     }
     found = verdicts([*run.rows, off])["C13"]
-    assert found["verdict"] == "refuted" and found["measured"] == 1.0
+    assert found["verdict"] == "refuted" and found["measured"] == 1.07  # GB
     assert found["basis"] == "measured on the engine, version 0.5.12.post1"
     more = off | {"peak_device_bytes": few["peak_device_bytes"] - (6 << 30)}
     assert verdicts([*run.rows, more])["C13"]["verdict"] == "supported"

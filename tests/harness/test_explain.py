@@ -112,6 +112,111 @@ def test_a_command_of_vllm(capsys, config_file):
     assert "room for" in rows["starts"]
 
 
+NEEDS = "ValueError: To serve at least one request with the models's max seq len ({context}), "
+NEEDS += "({needed} GiB KV cache is needed, which is larger than the available KV cache memory "
+NEEDS += "({has} GiB). Try decreasing `max_model_len` when initializing the engine.\n"
+
+
+def test_a_refusal_alone_needs_no_gpu(capsys, log_file):
+    rows, _ = answered(capsys, log_file(VLLM_LOG))
+    assert "vLLM 0.23.0 on a GPU" in rows["engine"]
+    assert rows["needed"].endswith("228.88 GiB, 124.83 GiB available for K/V")
+
+
+def test_a_pasted_line_and_the_command_that_gave_it(capsys, log_file, config_file):
+    line = log_file(NEEDS.format(context=10_000_000, needed="228.88", has="124.83"))
+    words = (line, "--config", config_file(num_key_value_heads=2), "--gpu", "h200")
+    rows, _ = answered(capsys, *words)  # nothing says 8 bits
+    assert "228.88 GiB by the log, 457.76 GiB by the formulas" in rows["differs"]
+    command = "vllm serve m --kv-cache-dtype fp8 --gpu-memory-utilization 0.95"
+    rows, _ = answered(capsys, *words, "--command", command)
+    assert "context 10,000,000" in rows["engine"] and "differs" not in rows
+    assert "kv_pool (228.88 GiB)" in rows["failed"]
+
+
+SCOUT = {
+    "architectures": ["Llama4ForConditionalGeneration"],
+    "hidden_size": 5120,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "attention_chunk_size": 8192,
+    "num_local_experts": 16,
+    "intermediate_size": 8192,
+    "intermediate_size_mlp": 16384,
+    "vocab_size": 202048,
+}
+
+
+@pytest.mark.parametrize(("context", "gib"), [(10_485_760, "240.00"), (1_048_576, "24.00")])
+def test_what_the_field_reported_of_scout_on_eight_ranks(
+    capsys, log_file, config_file, context, gib
+):
+    line = log_file(NEEDS.format(context=context, needed=gib, has="20.00"))
+    words = (line, "--config", config_file(**SCOUT), "--gpu", "h200")
+    rows, _ = answered(capsys, *words)
+    assert "is it one of several ranks?" in rows["differs"]
+    command = "vllm serve x --tp 8 --disable-hybrid-kv-cache-manager"
+    rows, out = answered(capsys, *words, "--command", command, "--engine-version", "0.19.1")
+    if gib == "240.00":
+        assert "kv_pool (240.00 GiB)" in rows["failed"]
+    assert "one request needs" not in out
+    assert "the log has 20.00 GiB for K/V" in out
+
+
+def test_what_vllm_says_when_nothing_is_left(capsys, log_file):
+    text = "INFO vLLM API server version 0.23.0\nValueError: No available memory for the cache "
+    rows, _ = answered(
+        capsys, log_file(text + "blocks. Try increasing `gpu_memory_utilization`.\n")
+    )
+    assert "refused: No available memory" in rows["log"] and "kv_pool" in rows["failed"]
+
+
+BUSY = (
+    "ValueError: Free memory on device cuda:0 (100.00/139.80 GiB) on startup is less than desired "
+    "GPU memory utilization (0.92, 128.62 GiB). Decrease GPU memory utilization.\n"
+)
+
+
+def test_a_gpu_that_others_hold(capsys, log_file, config_file):
+    rows, _ = answered(capsys, log_file(BUSY))
+    assert "NVIDIA H200" in rows["engine"] and "gpu_memory_utilization" in rows["failed"]
+    assert "--gpu-memory-utilization 0.71" in rows["change"]  # 100.00 of 139.80 GiB
+    command = "vllm serve x --kv-cache-dtype fp8 --max-model-len 131072"
+    rows, _ = answered(capsys, log_file(BUSY), "--command", command, "--config", config_file())
+    assert "gpu_memory_utilization (128.62 GiB)" in rows["failed"] and "differs" not in rows
+    assert "--gpu-memory-utilization 0.7 " in rows["change"]
+
+
+def test_the_message_without_a_context_says_what_is_missing(capsys, log_file):
+    rows, out = answered(capsys, log_file("memory_pool.py:907 _create_buffers\n" + OOM))
+    assert "kv_pool" in rows["failed"] and "ate" not in rows
+    assert "req_to_token grows with it" in out
+    command = "sglang serve --context-length 10M"
+    rows, _ = answered(
+        capsys, log_file("memory_pool.py:907 _create_buffers\n" + OOM), "--command", command
+    )
+    assert "0.5.12.post1" in rows["engine"] and "req_to_token: at least 76.33" in rows["ate"]
+
+
+def test_sglangs_warning_of_a_short_pool_is_read(log_file):
+    text = "sglang\nKV pool holds 5066547 tokens, fewer than --context-length 10000000\n"
+    assert read_log(text).pool_tokens == 5_066_547
+
+
+def test_an_item_larger_than_the_gpu_was_not_eaten_from(capsys, config_file):
+    command = "sglang serve --context-length 1000G --kv-cache-dtype fp8"
+    rows, _ = answered(capsys, "--command", command, "--config", config_file(), "--gpu", "h200")
+    assert "rope_cos_sin alone exceeds the GPU" in rows["ate"]
+
+
+def test_what_is_not_modelled_is_said(capsys, config_file):
+    made = parse_command("vllm serve m --kv-cache-dtype fp4_e2m1 -dp 2")
+    assert made.notes[0].startswith("kv_cache_dtype=fp4_e2m1 is not modelled")
+    assert made.notes[1].startswith("dp=2 is not modelled")
+    assert read_log("Launching sglang server\n").launch.version == ""
+    assert read_log("sglang 0.5.9\n").launch.version == "0.5.9"
+
+
 def test_flags_of_both_engines_are_read():
     made = parse_command(
         "vllm serve m --tensor-parallel-size 8 --gpu-memory-utilization=0.95 --max-num-seqs 16 "
@@ -192,3 +297,17 @@ def test_windows_and_states_are_read(config_file):
     sliding = config_file("gemma.json", layer_types=["sliding_attention", "full_attention"] * 24,
                      sliding_window=1024)  # fmt: skip
     assert read_hf_config(sliding).engine_model().window_layers == 24
+
+
+def test_vllm_0_11_takes_the_hybrid_manager_from_the_environment(capsys, config_file):
+    command = "vllm serve x --tp 8 --max-model-len 10M --kv-cache-dtype fp8"
+    words = ("--command", command, "--config", config_file(**SCOUT), "--gpu", "h200")
+    rows, _ = answered(capsys, *words, "--engine-version", "0.11.0")
+    assert "VLLM_ALLOW_CHUNKED_LOCAL_ATTN_WITH_HYBRID_KV_CACHE=1" in rows["change"]
+
+
+def test_a_vision_tower_is_not_modelled_for_sglang(capsys, config_file):
+    path = config_file("vlm.json", vision_config={"hidden_size": 1408})
+    words = ("--config", path, "--gpu", "h200", "--command")
+    for command, said in (("sglang serve --model x", True), ("vllm serve x", False)):
+        assert ("vision tower" in answered(capsys, *words, command)[1]) == said

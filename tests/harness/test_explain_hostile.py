@@ -78,6 +78,27 @@ def test_a_log_cannot_make_it_open_or_run_anything(
     assert sorted(os.listdir(tmp_path)) == ["config.json", "start.log"]
 
 
+def test_a_log_cannot_drive_the_terminal(capsys, log_file, config_file):
+    escapes = "\x1b[31mred\x1b]0;title\x07\u202e"
+    refusal = VLLM_LOG.replace("Based on", escapes + "Based on")
+    for text in (refusal, SGLANG_LOG.replace("'fp8_e4m3'", f"'fp8{escapes}'")):
+        _, out = answered(capsys, log_file(text), "--config", config_file(), "--gpu", "h200")
+        assert all(c.isprintable() for c in out.replace("\n", ""))
+    bad = SGLANG_LOG.replace("attention_backend='fa3'", f"attention_backend='{escapes}'")
+    assert refused(capsys, log_file(bad)).strip().isprintable()
+
+
+def test_figures_that_are_none_are_left_out(capsys, log_file):
+    text = SGLANG_LOG.replace("1.21 GiB", "1.2.1 GiB").replace("139.80", "...")
+    rows, _ = answered(capsys, log_file(text), "--gpu", "h200")
+    assert rows["log"].endswith("out of memory at memory_pool.py:907 _create_buffers")
+
+
+def test_a_command_of_the_other_engine_is_refused(capsys, log_file):
+    err = refused(capsys, log_file(SGLANG_LOG), "--command", "vllm serve x")
+    assert "a start of sglang, as the log" in err
+
+
 def test_a_truncated_log_is_read_as_far_as_it_goes(capsys, log_file, config_file):
     rows, _ = answered(
         capsys, log_file(SGLANG_LOG[:-40]), "--config", config_file(), "--gpu", "h200"
@@ -107,6 +128,7 @@ def test_long_lines_and_many_are_read_to_their_end():
         (["--command", "vllm serve m --max-num-seqs 1e9"], "max_num_seqs"),
         (["--command", "sglang serve --attention-backend magic"], "attention_backend"),
         (["--command", "sglang serve --tp 3"], "tensor_parallel"),
+        (["--command", "sglang serve", "--engine-version", "new"], "--engine-version"),
         ([], "LOG"),
     ],
 )

@@ -50,7 +50,9 @@ def test_what_an_engine_asked_for_is_stacked_and_the_failing_item_named():
     figure = figure_root_cause(frame(rows), pd.DataFrame(engine_events(rows)))
     said = texts(figure)
     assert any("out of memory: kv_pool" in t and t.startswith("196") for t in said)
-    assert any("refused: " in t and "allowed" in t for t in said)
+    assert any("out of memory: kv_pool of 116.0" in t for t in said)
+    assert any("refused: 116.0 > " in t for t in said)
+    assert "76.00" in said and any("sglang 0.5.12.post1" in t for t in said)
     assert {"sglang", "sglang, max_running_requests=16", "vllm"} <= set(said)
     assert "req_to_token" in legend(figure) and "CUDA graphs" in legend(figure)
     hatched = [p for p in figure.axes[0].patches if p.get_hatch()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harness.options import engine_model
 from harness.sizes import BadValue
 from tests.harness.composed import made
 
@@ -126,3 +127,9 @@ def test_what_was_typed_is_what_does_not_fit(words, key, allowed):
 def test_values_that_do_not_go_together(words):
     with pytest.raises(BadValue):
         made(*words)
+
+
+def test_qwen3_next_brings_the_state_of_its_linear_layers():
+    rank = engine_model(made("strategy=sglang", "model=qwen3_next_80b"))
+    assert rank.state_bytes_per_request == pytest.approx(9.21 * (1 << 20), rel=0.001)
+    assert engine_model(made("strategy=sglang")).state_bytes_per_request == 0

@@ -16,7 +16,12 @@ from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
 FREE_BYTES = H200_BYTES - 552_402_944  # beside a bare CUDA context
 SCOUT = dataclasses.replace(
-    ONE_RANK, window_layers=36, window_tokens=8192, q_heads=5, tensor_parallel=8
+    ONE_RANK,
+    window_layers=36,
+    window_tokens=8192,
+    q_heads=5,
+    tensor_parallel=8,
+    architecture="Llama4ForConditionalGeneration",
 )
 
 
@@ -173,6 +178,14 @@ def test_hybrid_pools_from_0_5_9_on_are_automatic():
     assert close(made.named("kv_pool").nbytes, flat.named("kv_pool").nbytes)
     assert made.window_pool_tokens == int(made.pool_tokens * 0.8)
     assert made.named("swa_page_table").nbytes == made.named("page_table").nbytes
+
+
+def test_only_some_models_get_a_pool_for_their_windows():
+    gemma3 = dataclasses.replace(SCOUT, architecture="Gemma3ForCausalLM", window_kind="sliding")
+    made, flat = plan(10_000_000, gemma3), plan(10_000_000, ONE_RANK)
+    assert not made.settings["hybrid"] and made.window_pool_tokens == 0
+    assert made.named("kv_pool").shape.startswith("96 x") and made.named("swa_page_table") is None
+    assert flat.named("full_to_swa_index_mapping") is None
 
 
 @pytest.mark.parametrize("version", VERSIONS)

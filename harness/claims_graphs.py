@@ -1,0 +1,88 @@
+"""C13: what turning SGLang's CUDA graphs off saves."""
+
+from __future__ import annotations
+
+from harness.engine_rows import best_first, default_flags, flags_of, version_of
+from harness.evidence import (
+    CONDITIONAL,
+    MILLIONS_10,
+    REFUTED,
+    SUPPORTED,
+    Evidence,
+    Verdict,
+    gib_of,
+    option,
+    scale,
+    starts,
+    undecided,
+)
+from harness.rows import Row
+from harness.sizes import GIB
+from strategies.sglang_tables import GRAPH_BYTES
+
+RUN_CLAIMS = "experiment=claims (SGLang at 10M with and without CUDA graphs)"
+
+
+def graphs_off(evidence: Evidence) -> Verdict:
+    """C13: peak of a start with CUDA graphs, less that of the same start without."""
+    started = [r for r in evidence.of("sglang") if starts(r)]
+    pairs = next((found for kind in best_first(started) if (found := _with_and_without(kind))), [])
+    saved = [_peak_gb(on) - _peak_gb(off) for on, off in pairs]
+    inside = [_start(on) for (on, _), gb in zip(pairs, saved, strict=True) if 4 <= gb <= 10]
+    if not inside and all(on["context_tokens"] != MILLIONS_10 for on, _ in pairs):
+        return undecided(RUN_CLAIMS)  # what shorter contexts save is no answer
+    verdict = SUPPORTED if len(inside) == len(saved) else CONDITIONAL if inside else REFUTED
+    text = f"{min(saved):.2f} to {max(saved):.2f} GB, by context and graph batch size"
+    if inside:
+        text += f"; 4 to 10 GB for {'; '.join(inside)}"
+    if any(on.get("emulated_version") for on, _ in pairs):
+        size = f"{GRAPH_BYTES >> 20} MiB"
+        text += f"; graphs are counted as {size} each, an estimate, their tables exactly"
+    long = best_first(evidence.of("sglang", context_tokens=MILLIONS_10))
+    failing = next((found for kind in long if (found := _failing_without(kind))), [])
+    if failing:
+        rescued = any(starts(off) for _, off in failing)
+        text += "; where 10M fails with default flags, turning graphs off " + (
+            "makes it start" if rescued else "does not make it start"
+        )
+    rows = tuple(r for pair in (*pairs, *failing) for r in pair)
+    return Verdict(verdict, text, rows, round(max(saved), 2))
+
+
+def _with_and_without(rows: list[Row]) -> list[tuple[Row, Row]]:
+    """Starts with CUDA graphs, each beside the same one without; a measured pair before others."""
+    pairs: dict[tuple[str, ...], tuple[Row, Row]] = {}
+
+    def same(row: Row) -> tuple[str, ...]:
+        flags = flags_of(row, "disable_cuda_graph")
+        return tuple(map(str, (row["model"], row["context_tokens"], version_of(row), flags)))
+
+    for on in [r for r in rows if not option(r, "disable_cuda_graph")]:
+        for off in [r for r in rows if option(r, "disable_cuda_graph")]:
+            if same(on) != same(off) or on["capacity_bytes"] != off["capacity_bytes"]:
+                continue
+            if same(on) not in pairs or on["basis"] == "measured":
+                pairs[same(on)] = on, off
+    return list(pairs.values())
+
+
+def _peak_gb(row: Row) -> float:
+    return gib_of(row, "peak_device_bytes") * GIB / 1e9
+
+
+def _start(row: Row) -> str:
+    requests = option(row, "max_running_requests") or "default"
+    return f"{row['model']}, {row['context_tokens']:,} tokens, max_running_requests {requests}"
+
+
+def _failing_without(long: list[Row]) -> list[tuple[Row, Row]]:
+    """Starts at 10M that fail with default flags, each beside the same one without graphs."""
+    off = [r for r in long if flags_of(r) == {"disable_cuda_graph": True}]
+    return [
+        (r, o)
+        for r in long
+        for o in off
+        if default_flags(r)
+        and not starts(r)
+        and (r["model"], scale(r), version_of(r)) == (o["model"], scale(o), version_of(o))
+    ]

@@ -1,0 +1,136 @@
+"""Verdicts on the engines' code turn when the rows under them do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.claim_rows import (
+    GIB,
+    REFUSED,
+    SHORT,
+    M,
+    decided,
+    graphs,
+    on_the_scale_model,
+    oom,
+    row,
+    sglang,
+    verdict,
+    vllm,
+)
+
+CASES = [
+    # C9: SGLang's pool by context
+    ("C9", sglang(100 * GIB), "refuted"),
+    ("C9", sglang(100 * GIB * 10 * M // SHORT), "supported"),
+    ("C9", sglang(110 * GIB), "conditional"),
+    ("C9", [*sglang(100 * GIB), *sglang(7600 * GIB)], "conditional"),
+    ("C9", sglang(100 * GIB)[:1], "undecided"),
+    # C10: vLLM at ready
+    ("C10", vllm(), "refuted"),
+    ("C10", [*vllm(held=5), row("vllm", peak_device_bytes=5 * GIB)], "supported"),
+    ("C10", [*vllm(), row("vllm", repeat=1)], "conditional"),
+    ("C10", [row("vllm", **REFUSED)], "undecided"),
+    # C11: vLLM at 10M
+    ("C11", vllm(flat=REFUSED), "conditional"),
+    ("C11", vllm(), "supported"),
+    ("C11", vllm(flat=REFUSED, small=REFUSED), "refuted"),
+    ("C11", vllm()[:2], "undecided"),
+    # C13: CUDA graphs
+    ("C13", graphs(6), "supported"),
+    ("C13", graphs(1), "refuted"),
+    (
+        "C13",
+        graphs(6) + [r | {"context_tokens": SHORT} for r in graphs(1)],
+        "conditional",
+    ),
+    ("C13", graphs(6)[:1], "undecided"),
+    ("C13", [r | {"context_tokens": SHORT} for r in graphs(1)], "undecided"),
+    # C17: the conclusion, from C9, C10, C11 and C18
+    ("C17", sglang(100 * GIB) + vllm(flat=REFUSED), "conditional"),
+    (
+        "C17",
+        sglang(100 * GIB * 10 * M // SHORT)
+        + vllm(held=5)
+        + [row("vllm", peak_device_bytes=5 * GIB)],
+        "supported",
+    ),
+    ("C17", sglang(100 * GIB) + vllm(flat=REFUSED, small=REFUSED), "refuted"),
+    ("C17", sglang(100 * GIB), "undecided"),
+    # C18: few running requests
+    ("C18", sglang(100 * GIB), "supported"),
+    ("C18", sglang(100 * GIB, few=oom("tables")), "refuted"),
+    ("C18", sglang(100 * GIB, default={}), "refuted"),
+    ("C18", sglang(100 * GIB)[:2], "undecided"),
+]
+
+
+@pytest.mark.parametrize(("claim", "rows", "expected"), CASES)
+def test_the_rows_decide(claim, rows, expected):
+    decided(claim, rows, expected)
+
+
+def test_rows_of_a_real_engine_count_before_emulated_ones():
+    emulated = vllm(flat=REFUSED)
+    real = [r | {"engine_version": "0.23.0", "capacity_bytes": None} for r in vllm()]
+    found = verdict("C11", emulated + real)
+    assert found["verdict"] == "supported" and "measured on the engine" in found["basis"]
+
+
+def test_what_c17_says_of_vllm_follows_from_its_rows():
+    eager = verdict("C17", sglang(100 * GIB) + vllm(flat=REFUSED))
+    lazy = [*vllm(flat=REFUSED, held=5), row("vllm", peak_device_bytes=5 * GIB)]
+    other = verdict("C17", sglang(100 * GIB) + lazy)
+    assert "allocates its whole pool" in eager["condition"]
+    assert "allocates its whole pool" not in other["condition"]
+
+
+def test_c13_names_what_lies_in_the_reported_range():
+    rows = graphs(5) + [r | {"context_tokens": SHORT} for r in graphs(1)]
+    found = verdict("C13", rows)
+    assert found["measured"] == 5.37  # GB
+    assert "1.07 to 5.37 GB" in found["condition"] and "10,000,000 tokens" in found["condition"]
+    assert "8 MiB" not in found["condition"]
+    emulated = [r | {"emulated_version": "0.5.12.post1"} for r in rows]
+    assert "8 MiB each, an estimate" in verdict("C13", emulated)["condition"]
+
+
+def test_c13_says_what_failing_starts_do_without_graphs_only_where_they_were_tried():
+    fails = [row("sglang", **oom("pool"))]
+    without = row("sglang", options={"disable_cuda_graph": True}, **oom("pool"))
+    rescued = row("sglang", options={"disable_cuda_graph": True})
+    assert "where 10M fails" not in verdict("C13", graphs(6) + fails)["condition"]
+    for last, word in ((without, "does not make it start"), (rescued, "makes it start")):
+        found = verdict("C13", [*graphs(6), *fails, last])
+        assert word in found["condition"] and last["trial_id"] in found["trials"]
+
+
+def test_a_measured_start_without_graphs_counts_before_the_scale_model_s():
+    small = [on_the_scale_model(r) for r in graphs(1)]
+    for rows in (graphs(6) + small, small + graphs(6)):
+        found = verdict("C13", rows)
+        assert (found["measured"], found["basis"]) == (6.44, "measured here")
+    assert verdict("C13", small)["basis"] == "scale model"
+
+
+@pytest.mark.parametrize("claim", ["C9", "C18"])
+def test_starts_of_two_versions_are_not_compared(claim):
+    def of(version, rows):
+        return [r | {"emulated_version": version} for r in rows]
+
+    old, new = of("0.5.9", sglang(100 * GIB)), of("0.5.12.post1", sglang(130 * GIB))
+    mixed = [old[0], *new[1:]]
+    assert verdict("C9", mixed)["verdict"] == "undecided"
+    assert verdict(claim, old)["verdict"] != "undecided"
+
+
+def test_c9_names_a_pool_by_the_cost_of_a_token():
+    found = verdict("C9", sglang(100 * GIB))["condition"]
+    assert "(4,369,067 tokens at 24 KiB a token)" in found
+    assert "1.00 GiB, then 76.00, beside which kv_pool no longer fits" in found
+
+
+def test_c11_says_what_does_not_fit():
+    refused = REFUSED | {"oom_requested_bytes": 228 * GIB, "oom_free_bytes": 125 * GIB}
+    found = verdict("C11", vllm(flat=refused))["condition"]
+    assert "its K/V needs 228.0 GiB, has 125.0" in found

@@ -1,0 +1,172 @@
+"""Verdicts on the report's two ideas turn when the rows under them do."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.harness.claim_rows import (
+    GIB,
+    GROWTH,
+    NO_POOL,
+    REFUSED_FILL,
+    SMALL,
+    STATIC_EMPTY,
+    M,
+    decided,
+    fractions,
+    full,
+    oom,
+    row,
+    verdict,
+    waste,
+)
+
+
+def offloaded(here, away):
+    """A static pool's brackets with the weights on the device and streamed from the host."""
+    rows = []
+    for largest, read in ((here, "none"), (away, "offload")):
+        rows.append(row("static", largest, read_weights=read))
+        rows.append(row("static", largest + 2816, read_weights=read, **NO_POOL))
+    return rows
+
+
+CASES = [
+    # C1: 10M static, by the cost of a token
+    ("C1", [row("static", **NO_POOL), row("static", **SMALL)], "conditional"),
+    ("C1", [row("static", **NO_POOL), row("static", **SMALL, **NO_POOL)], "supported"),
+    ("C1", [row("static"), row("static", **SMALL)], "refuted"),
+    ("C1", [row("static", **NO_POOL)], "undecided"),
+    (
+        "C1",
+        [row("static", **NO_POOL), row("static", repeat=1), row("static", **SMALL, **NO_POOL)],
+        "conditional",
+    ),
+    (
+        "C1",
+        [row("static", **NO_POOL), row("static", **SMALL), row("static", **SMALL, **NO_POOL)],
+        "conditional",
+    ),
+    # C2: 10M paged
+    ("C2", [row("paged")], "supported"),
+    ("C2", [row("paged", **oom("tables"))], "refuted"),
+    ("C2", [row("paged"), row("paged", repeat=1, **oom("tables"))], "conditional"),
+    ("C2", [row("paged", 5 * M)], "undecided"),
+    # C3: what is held at ready
+    ("C3", [row("paged"), STATIC_EMPTY], "supported"),
+    ("C3", [row("paged", kv_committed_bytes=GIB), STATIC_EMPTY], "refuted"),
+    ("C3", [row("paged"), row("static", 5 * M)], "refuted"),
+    ("C3", [row("paged", peak_device_bytes=60 * GIB), STATIC_EMPTY], "refuted"),
+    ("C3", [row("paged")], "undecided"),
+    # C4: growth with length
+    ("C4", [full("paged", 5 * M), full("paged", 5 * M, 0.1), *GROWTH], "supported"),
+    (
+        "C4",
+        [full("paged", 5 * M), full("paged", 5 * M, 0.1, kv_committed_bytes=100 * GIB), *GROWTH],
+        "refuted",
+    ),
+    (
+        "C4",
+        [
+            full("paged", 5 * M),
+            full("paged", 5 * M, 0.1),
+            full("static", 5 * M),
+            full("static", 5 * M, 0.1),
+        ],
+        "refuted",
+    ),
+    ("C4", [full("paged", 5 * M), full("paged", 5 * M, 0.1)], "undecided"),
+    # C5: bytes of 10M tokens
+    ("C5", [row("static", **NO_POOL)], "conditional"),
+    ("C5", [row("static", **oom("pool", oom_requested_bytes=182_000_000_000))], "supported"),
+    ("C5", [row("static", **oom("pool", oom_requested_bytes=20_000_000_000))], "refuted"),
+    ("C5", [row("static", **SMALL)], "undecided"),
+    # C6: where a full sequence ends
+    ("C6", [REFUSED_FILL, full("static", 5_842_000)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 4 * M), row("static", 4_003_000, **NO_POOL)], "supported"),
+    ("C6", [REFUSED_FILL, full("static", 5 * M)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 8 * M)], "refuted"),
+    (
+        "C6",  # the pool starts with 5.84M, but a sequence in it ends at 1M
+        [
+            REFUSED_FILL,
+            full("static", 5_842_000, resident_tokens=M),
+            row("static", M + 1000, **NO_POOL),
+        ],
+        "supported",
+    ),
+    ("C6", [REFUSED_FILL, row("static", 5_842_000)], "undecided"),
+    ("C6", [row("paged", fill=1.0), full("static", 5 * M)], "undecided"),
+    # C7: lower fractions
+    ("C7", fractions((0.5, 0.58), True), "conditional"),
+    ("C7", fractions((0.5, 0.58, 0.65), True), "refuted"),
+    ("C7", fractions((), False), "supported"),
+    ("C7", fractions((0.5,), True)[:-1], "undecided"),
+    ("C7", fractions((0.5,), True)[:-2], "undecided"),
+    # C12: live share under a trace
+    ("C12", [waste("static", 0.1), waste("paged", 0.9)], "conditional"),
+    ("C12", [waste("static", 0.5, external_share=0.4), waste("paged", 0.9)], "supported"),
+    ("C12", [waste("static", 0.9), waste("paged", 0.8)], "refuted"),
+    ("C12", [waste("paged", 0.8)], "undecided"),
+    # C14: on demand
+    ("C14", [row("paged"), row("static", **NO_POOL)], "supported"),
+    ("C14", [row("paged"), row("static")], "refuted"),
+    ("C14", [row("paged", **oom("tables")), row("static", **NO_POOL)], "refuted"),
+    ("C14", [row("paged")], "undecided"),
+    # C15: weight offload
+    ("C15", offloaded(5_890_000, 6_060_000), "conditional"),
+    ("C15", offloaded(5_890_000, 10 * M), "supported"),
+    ("C15", offloaded(5_890_000, 5_890_000), "refuted"),
+    # C16: 5 - 6M tokens
+    ("C16", [row("static", 5_800_000), row("static", 6 * M, **NO_POOL)], "supported"),
+    ("C16", [row("static", 3 * M), row("static", 4 * M, **NO_POOL)], "refuted"),
+    ("C16", [row("static", 5_800_000), row("static", **NO_POOL)], "supported"),
+    ("C16", [row("static", 3 * M), row("static", **NO_POOL)], "undecided"),
+    ("C16", [row("static", 3 * M)], "undecided"),
+]
+
+
+@pytest.mark.parametrize(("claim", "rows", "expected"), CASES)
+def test_the_rows_decide(claim, rows, expected):
+    decided(claim, rows, expected)
+
+
+def test_what_offloaded_weights_cost_is_told_where_it_was_measured():
+    timed = {"read_weights": "offload", "attention_decode_step_ms": 123.4}
+    told = verdict("C15", [row("paged", **timed)])
+    assert "123.4 ms" in told["condition"] and len(told["trials"]) == 1
+    assert "123.4" not in verdict("C15", [row("paged", **timed, basis="scale_model")])["condition"]
+
+
+def test_c14_says_what_fits_only_where_it_was_filled():
+    started = [row("paged"), row("static", **NO_POOL)]
+    assert verdict("C14", started)["condition"] == "for start-up"
+    filled = [*started, REFUSED_FILL, full("static", 5_842_000)]
+    assert "5,843,200 tokens" in verdict("C14", filled)["condition"]
+
+
+def test_what_offload_gains_is_measured_where_both_brackets_are_closed():
+    rows = offloaded(5_890_000, 6_060_000)
+    found = verdict("C15", rows)
+    assert (found["measured"], found["basis"]) == (170_000, "measured here")
+    assert set(found["trials"]) == {r["trial_id"] for r in rows}
+    for missing in range(4):
+        planned = verdict("C15", rows[:missing] + rows[missing + 1 :])
+        assert planned["basis"] == "planned" and planned["trials"] == []
+
+
+def test_a_step_with_offloaded_weights_is_told_beside_one_without():
+    times = (("device", 7.2), ("offload", 77.4), ("none", 5.8))
+    rows = [
+        row("static", M, read_weights=read, attention_decode_step_ms=ms, resident_tokens=M)
+        for read, ms in times
+    ]
+    found = verdict("C15", rows)
+    assert "at 1,000,000 tokens then takes 77.4 ms instead of 7.2" in found["condition"]
+    assert set(found["trials"]) == {r["trial_id"] for r in rows[:2]}
+
+
+def test_c5_counts_as_the_report_does_and_leaves_out_what_rounds_up_to_chunks():
+    found = verdict("C5", [row("static", **oom("pool", oom_requested_bytes=245_830_000_000))])
+    assert found["measured"] == 245.8
+    assert "182.8 of those, 191.7 GB (178.5 GiB)" in found["condition"]
