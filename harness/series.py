@@ -159,16 +159,15 @@ def _split(
 ) -> Iterator[tuple[list[str], pd.DataFrame]]:
     """Return the rows of each configuration, and what tells it from the others."""
     split = _configuration(own, extra, leave)
-    varied = [c for c in split if _values(split, str(c)) > 1]
+    varied = [c for c in split if distinct(split[c], str(c)) > 1]
     groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
     for values, group in groups:
         parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
         yield [p for p in parts if p], own.loc[group.index]
 
 
-def _values(split: pd.DataFrame, column: str) -> int:
+def distinct(values: pd.Series, column: str) -> int:
     """Count a column's values; a trial that failed early does not know its kernel's variant."""
-    values = split[column]
     return int((values[values != ""] if column in KNOWN_LATE else values).nunique(dropna=False))
 
 
