@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import attention, gate, manifest, table, work_append
+from bench import attention, figure, gate, manifest, table, work_append
 from bench.attention import run
 from bench.data import make_view, peer_layout, queries, with_table
 from bench.peers import Peers
@@ -151,6 +151,15 @@ def test_tables_fill_their_page(tmp_path):
     assert "4.08" not in page.read_text()
     with pytest.raises(ValueError, match="needs the lines"):
         table.insert(tmp_path / "x.csv", "")
+
+
+def test_the_figure_draws_every_timing_of_the_committed_rows():
+    rows = table.read(ROOT / "results/reference/kernels/attention.csv")
+    drawn = [len(axes.patches) for axes in figure.draw(rows).axes]
+    wanted = [figure.bars(rows, *panel[:3]) for panel in figure.PANELS]
+    assert drawn == [sum(map(len, data.values())) for data in wanted] and min(drawn) > 4
+    assert "prefill 2048 x 8 over 10M" in wanted[2]
+    assert set(figure.COLOURS) >= {kernel for data in wanted for f in data.values() for kernel in f}
 
 
 GPU = {"uuid": "GPU-1", "driver": "580.1", "sm_clock_mhz": 1980, "throttle_reasons": "0x0"}
