@@ -1,16 +1,21 @@
-"""Time decode, prefill and append beside their peers: ``python -m bench.attention --out DIR``."""
+"""Time decode, prefill and append beside their peers: ``python -m bench.attention --out DIR``.
+
+``DIR/attention.csv`` has the rows, ``DIR/manifest.json`` says what they were made by and on.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from bench import work_append, work_decode, work_prefill, work_rates
+from bench.manifest import Manifest
 from bench.peers import Peers
 from bench.rows import Rows
 
@@ -22,7 +27,10 @@ GROUPS = {
 }
 
 
-def arguments() -> argparse.Namespace:
+SEED = 0
+
+
+def arguments(words: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bench.attention", description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder of attention.csv")
@@ -30,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="folder of the peers (bench/README.md)")
     parser.add_argument("--budget-s", type=float, default=270.0, help="stop starting jobs after")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on any machine")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(words)
     unknown = set(parsed.only.split(",")) - set(GROUPS)
     if unknown:
         parser.error(f"--only={parsed.only}: allowed are {', '.join(GROUPS)}")
@@ -55,11 +63,14 @@ def run(rows: Rows, name: str, job: Callable[[], None]) -> None:
         torch.cuda.empty_cache()
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Run the groups, the most telling jobs of all of them first."""
-    parsed = arguments()
-    torch.manual_seed(0)
-    rows = Rows(parsed.out / "attention.csv", parsed.budget_s)
+    argv = sys.argv[1:] if words is None else list(words)
+    parsed = arguments(argv)
+    torch.manual_seed(SEED)
+    results = parsed.out / "attention.csv"
+    rows = Rows(results, parsed.budget_s)
+    manifest = Manifest(results, argv, SEED)
     peers = Peers(parsed.peers)
     for name, reason in peers.absent.items():
         rows.add(None, None, work="peers", kernel=name, gate=f"absent: {reason}")
@@ -70,6 +81,7 @@ def main() -> None:
     ]
     for _, name, job in sorted(jobs, key=lambda item: item[0]):
         run(rows, name, job)
+    manifest.finish(peers.described)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,28 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
-from bench.table import Row, read, works
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-COLOURS = {"ours": "#1b5e9e", "FA3": "#b0662c", "XQA": "#7a7a7a", "cuDNN": "#a8a8a8"}
+from bench.table import Row, read, works
+from harness import style
+
+COLOURS = {
+    "ours": (style.INDIGO, "ours, shuffled page table"),
+    "FA3": (style.SKY, "FA3 (FlashAttention-3, vLLM's build)"),
+    "XQA": (style.YELLOW, "XQA (FlashInfer)"),
+    "cuDNN": (style.GREY, "cuDNN (no mask, contiguous K/V)"),
+}
+# Works, unit, timing, the panel's axis.
+PANELS = (
+    ("decode", "tb_per_s", "graph", "decode: K/V read, TB/s"),
+    ("prefill", "tflop_per_s", "short", "prefill after a rest, TFLOP/s"),
+    ("prefill", "tflop_per_s", "sustained", "prefill sustained, TFLOP/s"),
+)
 
 
 def bars(rows: list[Row], kind: str, unit: str, timing: str) -> dict[str, dict[str, float]]:
@@ -21,38 +38,41 @@ def bars(rows: list[Row], kind: str, unit: str, timing: str) -> dict[str, dict[s
     return found
 
 
-def main() -> None:
-    """Two panels: decode bandwidth, and sustained prefill."""
-    import matplotlib
+@style.styled
+def draw(rows: list[Row]) -> Figure:
+    """A panel each for decode, prefill after a rest, and prefill sustained; a row a work."""
+    panels = [(kind, label, bars(rows, kind, unit, at)) for kind, unit, at, label in PANELS]
+    panels = [panel for panel in panels if panel[2]]
+    counts = [len(data) for *_, data in panels] or [1]
+    figure = Figure(figsize=(6, 1 + 0.19 * sum(counts) + 0.4 * len(counts)), layout="constrained")
+    figure.subplots(len(counts), 1, squeeze=False, height_ratios=counts)
+    for axes, (kind, label, data) in zip(figure.axes, panels, strict=False):
+        for place, figures in enumerate(data.values()):
+            height = 0.8 / len(figures)
+            for index, (kernel, value) in enumerate(figures.items()):
+                at = place + (index - (len(figures) - 1) / 2) * height
+                colour = COLOURS.get(kernel, (style.BLACK, ""))[0]
+                axes.barh(at, value, 0.94 * height, color=colour, zorder=2)
+        axes.set_yticks(range(len(data)), [style.plain(w.removeprefix(f"{kind} ")) for w in data])
+        axes.set_ylim(len(data) - 0.5, -0.5)
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+        axes.tick_params("y", length=0)
+    drawn = {kernel for *_, data in panels for figures in data.values() for kernel in figures}
+    handles = [Patch(color=c, label=n) for kernel, (c, n) in COLOURS.items() if kernel in drawn]
+    figure.legend(handles=handles, loc="outside upper left", ncols=2)
+    style.badge(figure, f"{rows[0]['device_name']}, one run; longer is better.")
+    return figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
+def main(words: Sequence[str] | None = None) -> None:
+    """Write the figure, in the kind that its name ends in."""
     parser = argparse.ArgumentParser(prog="python -m bench.figure", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("figure", type=Path)
-    parsed = parser.parse_args()
-    rows = read(parsed.csv)
-    panels = (
-        ("decode", "tb_per_s", "graph", "K/V read, TB/s"),
-        ("prefill", "tflop_per_s", "short", "prefill, TFLOP/s (short)"),
-    )
-    canvas, axes = pyplot.subplots(1, len(panels), figsize=(13, 6), constrained_layout=True)
-    for axis, (kind, unit, timing, label) in zip(axes, panels, strict=True):
-        data = bars(rows, kind, unit, timing)
-        for place, (_, figures) in enumerate(data.items()):
-            for index, (kernel, value) in enumerate(figures.items()):
-                at = place + (index - (len(figures) - 1) / 2) * 0.8 / len(figures)
-                height = 0.75 / len(figures)
-                axis.barh(at, value, height=height, color=COLOURS.get(kernel, "black"))
-        axis.set_yticks(range(len(data)), [work.removeprefix(f"{kind} ") for work in data])
-        axis.invert_yaxis()
-        axis.set_xlabel(label)
-        axis.spines[["top", "right"]].set_visible(False)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for colour in COLOURS.values()]
-    axes[0].legend(handles, COLOURS, frameon=False, loc="lower right")
-    canvas.suptitle(f"{rows[0]['device_name']}, one run; longer is better")
-    canvas.savefig(parsed.figure, dpi=150)
+    parsed = parser.parse_args(words)
+    with mpl.rc_context(style.RC):
+        draw(read(parsed.csv)).savefig(parsed.figure, dpi=200)
 
 
 if __name__ == "__main__":

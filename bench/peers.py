@@ -6,6 +6,7 @@ be loaded is named in the results as absent, with the reason.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import lzma
 import sys
@@ -26,6 +27,7 @@ class Peers:
     def __init__(self, folder: Path | None) -> None:
         self.absent: dict[str, str] = {}
         self.modules: dict[str, Any] = {}
+        self.builds: dict[str, str] = {}
         loaders = {"FA3": self._fa3, "XQA": self._xqa, "cuDNN": self._cudnn}
         for name, load in loaders.items():
             try:
@@ -37,18 +39,25 @@ class Peers:
             except Exception as reason:
                 self.absent[name] = f"{type(reason).__name__}: {reason}".splitlines()[0][:160]
 
+    @property
+    def described(self) -> dict[str, str]:
+        """Of each peer ``loaded``, with what tells its build apart, or why it is absent."""
+        loaded = {name: f"loaded {self.builds.get(name, '')}".strip() for name in self.modules}
+        return loaded | {name: f"absent: {reason}" for name, reason in self.absent.items()}
+
     def has(self, name: str) -> bool:
         """Whether a peer was loaded."""
         return name in self.modules
 
-    @staticmethod
-    def _fa3(folder: Path) -> Any:  # noqa: ANN401
+    def _fa3(self, folder: Path) -> Any:  # noqa: ANN401
         library = next(folder.glob("**/_vllm_fa3_C*.so"), None)
         if library is None:
             packed = next(folder.glob("**/fa3.so.xz"))
             library = Path(tempfile.mkdtemp()) / "_vllm_fa3_C.abi3.so"
             library.write_bytes(lzma.decompress(packed.read_bytes()))
         torch.ops.load_library(str(library))
+        digest = hashlib.sha256(library.read_bytes()).hexdigest()
+        self.builds["FA3"] = f"sha256 {digest[:16]}"
         return torch.ops._vllm_fa3_C
 
     @staticmethod

@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections.abc import Sequence
 from pathlib import Path
+
+from bench.manifest import cited
 
 BEGIN, END = "<!-- bench.table: begin -->", "<!-- bench.table: end -->"
 PEERS = ("FA3", "XQA", "cuDNN")
@@ -113,11 +116,11 @@ def other_table(rows: list[Row]) -> list[str]:
     return _table(["other", "figure", "gate", ""], body)
 
 
-def page(rows: list[Row], source: str) -> str:
-    """All tables, with what they were measured on."""
+def page(rows: list[Row], source: str, provenance: Sequence[str] = ()) -> str:
+    """All tables, with what they were measured on; ``provenance``: what its manifest adds."""
     first = rows[0]
-    about = f"One {first['device_name']}, torch {first['torch']}, Triton {first['triton']};"
-    lines = [about + f" medians, from `{source}`.", ""]
+    about = [f"One {first['device_name']}", f"torch {first['torch']}", f"Triton {first['triton']}"]
+    lines = [f"{', '.join([*about, *provenance])}; medians, from `{source}`.", ""]
     for table in (decode_table(rows), prefill_table(rows), other_table(rows)):
         if len(table) > 2:
             lines += [*table, ""]
@@ -142,15 +145,15 @@ def insert(path: Path, text: str) -> None:
     path.write_text(before + BEGIN + "\n\n" + text + "\n" + END + rest.split(END)[1])
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Fill the pages."""
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("pages", type=Path, nargs="+")
-    parsed = parser.parse_args()
+    parsed = parser.parse_args(words)
     rows = read(parsed.csv)
     for target in parsed.pages:
-        insert(target, page(rows, parsed.csv.as_posix()))
+        insert(target, page(rows, parsed.csv.as_posix(), cited(parsed.csv)))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
+from harness.check_rules import Result, failed, named, not_applicable, passed
 from harness.columns import COLUMNS
 from harness.runs import Run, RunError, lookup, trials
 from harness.series import is_scale_model
+from harness.sources import Sources, arms_of
 from harness.tabular import known, tokens
 
 TIMES = ("attention_decode_step_ms", "attention_prefill_chunk_ms")
+# What was sampled: the time that is the median, and the number of samples.
+SAMPLED = {
+    "decode": ("attention_decode_step_ms", "decode_samples"),
+    "prefill": ("attention_prefill_chunk_ms", "prefill_samples"),
+}
 REPEATABILITY = 0.02
 PLANNER_TOLERANCE = 0.01
 BRACKET_WIDTH = 0.001
@@ -76,9 +82,10 @@ def grain_bytes(rows: pd.DataFrame) -> pd.Series:
 
 
 def brackets(run: Run) -> Result:
-    """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
+    """Check that every start-up and admit bracket is closed, and each end ran twice and alike."""
     faults, seen = [], 0
     every = trials(run.rows)
+    sources = Sources(run.rows)
     for name, own in arms_of(every).items():
         if not (own["purpose"] == "bracket").any():
             continue
@@ -92,6 +99,8 @@ def brackets(run: Run) -> Result:
                 times = int((own["context_tokens"] == end).sum())
                 if times < 2:
                     faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
+                if sources.end(name, point, end, end != ok):
+                    faults.append(f"{name} {point}: {tokens(end)} ended both ways")
             chunk = (grain_bytes(own) / own["kv_bytes_per_token"]).max()
             width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
             if bad - ok > width:
@@ -104,32 +113,40 @@ def brackets(run: Run) -> Result:
 
 
 def samples(run: Run) -> Result:
-    """Check that every decode time is the median of its raw samples, and none is left out."""
-    timed = run.rows[(run.rows["status"] == "ok") & run.rows["attention_decode_step_ms"].notna()]
-    if timed.empty or run.of_earlier_runs:
-        return not_applicable("rows of earlier runs" if len(timed) else "no timed row")
+    """Check that every decode and prefill time is the median of its raw samples, none left out."""
+    ok = run.rows[run.rows["status"] == "ok"]
+    timed = {what: ok[ok[column].notna()] for what, (column, _) in SAMPLED.items()}
+    if not any(map(len, timed.values())):
+        return not_applicable("no timed row")
+    if run.of_earlier_runs:
+        return not_applicable("rows of earlier runs")
     try:
         found = run.samples()
     except RunError as error:
         return failed(str(error))
     if not found:
         return failed("samples.jsonl has no sample")
-    medians: dict[str, list[tuple[float, int]]] = {}
+    medians: dict[tuple[str, str], list[tuple[float, int]]] = {}
     for entry in found:
         ms = [v for v in _list(entry.get("ms")) if known(v)]
-        if entry.get("what") == "decode" and ms:
-            mine = medians.setdefault(str(entry.get("trial_id")), [])
-            mine.append((statistics.median(ms), len(ms)))
-    off = [_without_samples(row, medians.get(row["trial_id"], [])) for _, row in timed.iterrows()]
-    bad = timed[off]
-    if not bad.empty:
-        return failed(f"{len(bad)} decode times do not follow from samples: {named(bad)}")
-    return passed(f"{len(timed)} decode times are medians of their samples")
+        if ms:
+            key = (str(entry.get("what")), str(entry.get("trial_id")))
+            medians.setdefault(key, []).append((statistics.median(ms), len(ms)))
+    for what, rows in timed.items():
+        off = [
+            not _follows(r, what, medians.get((what, r["trial_id"]), []))
+            for _, r in rows.iterrows()
+        ]
+        if any(off):
+            bad = rows[off]
+            return failed(f"{len(bad)} {what} times do not follow from samples: {named(bad)}")
+    counts = " and ".join(f"{len(rows)} {what}" for what, rows in timed.items() if len(rows))
+    return passed(f"{counts} times are medians of their samples")
 
 
-def _without_samples(row: Any, medians: list[tuple[float, int]]) -> bool:  # noqa: ANN401
-    time_ms, count = row["attention_decode_step_ms"], row["decode_samples"]
-    return not any(
+def _follows(row: Any, what: str, medians: list[tuple[float, int]]) -> bool:  # noqa: ANN401
+    time_ms, count = (row[column] for column in SAMPLED[what])
+    return any(
         abs(median / time_ms - 1) < SAMPLES_TOLERANCE and (count != count or n == count)
         for median, n in medians
     )

@@ -7,8 +7,9 @@ from typing import Any
 
 import pandas as pd
 
-from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
+from harness.check_rules import Result, failed, named, not_applicable, passed
 from harness.runs import Run, clean, dicts, lookup
+from harness.sources import arms_of
 
 # As harness.folder names a run: when it began, the first digits of its hash, a number if taken.
 RUN_ID = re.compile(r"\d{8}-\d{6}-(?P<hash>[0-9a-f]{6})(-\d+)?")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -12,7 +11,7 @@ from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS
 from harness.runs import Run, dicts, lookup
 from harness.sizes import MIB
-from harness.summary import arms
+from harness.sources import arms_of
 
 UNCLEAN = ("oom_host", "invalid", "timeout", "crash")
 MANIFEST_KEYS = [
@@ -98,22 +97,6 @@ def schema(run: Run) -> Result:
     if faults:
         return failed("; ".join(faults))
     return passed(f"{len(COLUMNS)} columns, {len(run.rows)} rows, summary and manifest complete")
-
-
-def arms_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return the rows of each arm by the name that summary.json gives it."""
-    records = [
-        {k: _plain(v) for k, v in row.items()} | {"_at": at}
-        for at, row in zip(rows.index, rows.to_dict("records"), strict=True)
-    ]
-    return {name: rows.loc[[r["_at"] for r in own]] for name, own in arms(records).items()}
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401
-    """Return a value as the row was written: None for empty, whole numbers as int."""
-    if value == "" or value != value:
-        return None
-    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def finished(run: Run) -> Result:

@@ -133,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(options.runs) > 2:
             raise RunError(f"{len(options.runs)} runs given; allowed: one or two")
         runs = [load_run(folder) for folder in options.runs]
-        text, found, names = compare(runs, options.strategies, options.seed)
+        text, found, names = compare(runs, options.strategies)
         folder = Path(options.out)
         slug = re.sub(r"[^A-Za-z0-9_-]+", "-", f"compare_{names[0]}_{names[1]}")[:120]
         if not found:
@@ -155,7 +155,7 @@ def nothing_in_common(a: str, b: str) -> str:
 
 
 def compare(
-    runs: Sequence[Run], strategies: Sequence[str] | None = None, seed: int = 0
+    runs: Sequence[Run], strategies: Sequence[str] | None = None
 ) -> tuple[str, list[Ratio], tuple[str, str]]:
     """Compare one or two runs.
 
@@ -165,8 +165,6 @@ def compare(
         A and B, or one run of which two strategies are compared.
     strategies : sequence of str, optional
         Of A and of B.
-    seed : int
-        Of the bootstrap.
 
     Returns
     -------
@@ -184,7 +182,7 @@ def compare(
     pairs = pair(rows_a, rows_b)
     if pairs.both.empty:
         raise RunError(f"{name_a} and {name_b} share no cell; allowed: runs of the same cells")
-    found = ratios(pairs, seed)
+    found = ratios(pairs)
     parts = [
         table.text({"A": 40, "B": 40}) + "\n"
         for table in (changed_table(pairs, first, second or first), end_table(pairs))
@@ -211,7 +209,6 @@ def _parser() -> OneLineParser:
     parser.add_argument(
         "--strategies", nargs=2, metavar=("X", "Y"), help="compare strategy X (of A) with Y (of B)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     parser.add_argument("--out", metavar="DIR", default=OUT, help=f"write there (default {OUT})")
     return parser
 
@@ -222,11 +219,12 @@ def _end(row: pd.Series, side: str) -> str:
 
 
 def _differences(a: dict[str, Any], b: dict[str, Any], prefix: str) -> list[tuple[str, str, str]]:
-    return [
-        (f"{prefix}{clean(k)}", clean(a.get(k, "")) or EMPTY, clean(b.get(k, "")) or EMPTY)
-        for k in dict.fromkeys([*a, *b])
-        if a.get(k) != b.get(k)
-    ]
+    both = {k: (_said(a.get(k)), _said(b.get(k))) for k in dict.fromkeys([*a, *b])}
+    return [(f"{prefix}{clean(k)}", *said) for k, said in both.items() if said[0] != said[1]]
+
+
+def _said(value: Any) -> str:  # noqa: ANN401
+    return EMPTY if value is None else clean(value) or EMPTY
 
 
 def _flat(run: Run) -> dict[str, Any]:

@@ -6,7 +6,8 @@ the page::
     <!-- rows: sweeps results/reference/h200_report results/reference/h200_qwen3_30b_a3b -->
     <!-- rows: end -->
 
-What lies between the two lines is replaced. A test makes the committed pages again and compares.
+The first word is one of :data:`SECTIONS`. What lies between the two lines is replaced. A test makes
+the committed pages again and compares.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pandas as pd
 
 from harness import check, tables
 from harness.arguments import OneLineParser
+from harness.engines.section import engines
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -133,6 +135,7 @@ SECTIONS: dict[str, Callable[[list[Run], list[str]], str]] = {
     "sweeps": sweeps,
     "claims": claims,
     "trust": trust,
+    "engines": engines,
 }
 
 

@@ -21,19 +21,23 @@ from harness.tabular import figure_of
 
 # Column, axis label, factor, whether it is of the modelled device's bytes.
 METRICS = {
-    "live_share": ("live of\ncommitted, %", 100.0, False),
+    "live_share": ("live share of\ncommitted, %", 100.0, False),
     "largest_admissible_tokens": ("admissible,\nK tokens", 1e-3, False),
-    "admissible_of_free_min": ("of what is\nfree, worst, %", 100.0, False),
-    "kv_end_committed_bytes": ("kept at the\nend, GiB", 1 / GIB, True),
+    "admissible_of_free_min": ("admissible of\nfree, worst, %", 100.0, False),
+    "kv_end_committed_bytes": ("still held at\nthe end, GiB", 1 / GIB, True),
     "grow_stall_us_p99": ("growth stall\np99, ms", 1e-3, False),
-    "fill_seconds": ("all opera-\ntions, s", 1.0, False),
+    "fill_seconds": ("time of all\noperations, s", 1.0, False),
 }
 COLUMNS = 3
 ADMISSIBLE_TEXT = (
     "Admissible: the longest sequence that would be taken, mean over time; beside it, its "
-    "share of the free memory (or of the context) at the worst moment."
+    "share of the free memory (of the context, where that is less) at the worst moment."
 )
-NEVER_GREW_TEXT = "Without a stall: memory was committed at start-up and never grew."
+NEVER_GREW_TEXT = "–: memory was committed at start-up and never grew."
+SLOTS_TEXT = (
+    "Slots of static: of the whole context (max), of the next power of two of pages asked for "
+    "(pow2), or of the pages asked for (exact)."
+)
 NAME_LETTERS = 20
 PANELS = 2
 
@@ -77,6 +81,7 @@ def figure_fragmentation(rows: pd.DataFrame) -> Figure:
     style.badge(
         figure,
         ADMISSIBLE_TEXT,
+        SLOTS_TEXT if own.loc[own["strategy"].eq("static"), "slot_policy"].nunique() > 1 else "",
         NEVER_GREW_TEXT if own["grow_events"].eq(0).any() else "",
         SCALE_TEXT if is_scale_model(own) else "",
         SPEED_OF_SCALE_MODEL if is_scale_model(own) else "",

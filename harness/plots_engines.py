@@ -23,16 +23,19 @@ from harness.series import (
 from harness.sizes import GIB
 from harness.tabular import tokens
 
+REQ_TO_TOKEN = "request-to-token"
 ITEMS = {
     "context": style.GREY,
     "weights": style.DARK,
     "KV pool": style.SKY,
-    "req_to_token": style.YELLOW,
-    "other tables": style.ORANGE,
-    "CUDA graphs": style.GREEN,
-    "workspace": style.PURPLE,
+    REQ_TO_TOKEN: style.YELLOW,
+    "other tables": style.INDIGO,
+    "CUDA graphs": style.FOREST,
+    "workspace": style.PLUM,
 }
+LONG_LABEL = 48
 LABELLED_GIB = 40.0  # a table as broad as its figure is long
+REPEATS_TEXT = "Of repeats the first is drawn."
 
 
 @style.styled
@@ -48,8 +51,8 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        A panel a model, a stacked bar for each configuration and context. What failed is hatched
-        and named, at the size that was asked for.
+        A panel a model, a stacked bar for each configuration, context and fill: the first of its
+        repeats. What failed is hatched and named, at the size that was asked for.
     """
     own, events = points(rows), frame_timeline(timeline)
     models = list(by_model(own))
@@ -66,7 +69,8 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         _stack(axes, found, max(ends, default=0.0))
         for value in ends:
             axes.axvline(value, color="black", linewidth=1, linestyle=(0, (4, 2)))
-        axes.set_title(style.plain(f"{model or 'any model'}, one rank"), loc="left")
+        axes.set_title(style.plain(f"{model or 'any'} model, one rank"), loc="left")
+        axes.set_ylabel("context, tokens")
     figure.axes[-1].set_xlabel("asked for at start-up, GiB of one GPU")
     used = {name for found in bars for bar in found for name in bar[2]}
     handles: list[Patch | Line2D] = [Patch(color=c, label=n) for n, c in ITEMS.items() if n in used]
@@ -75,22 +79,29 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     )
     sizes = (own["capacity_bytes"] * scale(own) / GIB).dropna()
     device = " or ".join(dict.fromkeys(f"{size:.1f}" for size in sizes))
-    handles.append(Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB"))
+    handles.append(
+        Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB free")
+    )
     style.legend(figure, handles, columns=3)
-    style.badge(figure, _basis_text(own), SCALE_TEXT if is_scale_model(own) else "")
+    drawn = sum(len(found) for found in bars)
+    style.badge(
+        figure,
+        _versions(own),
+        REPEATS_TEXT if drawn < len(own) else "",
+        SCALE_TEXT if is_scale_model(own) else "",
+    )
     return figure
 
 
-def _basis_text(own: pd.DataFrame) -> str:
-    """Name the versions that are emulated, and whether anything was allocated."""
+def _versions(own: pd.DataFrame) -> str:
+    """Say whose formulas these are, and whether they were allocated."""
     emulated = own[own["emulated_version"] != ""]
-    names = dict.fromkeys(
-        f"{s} {v}" for s, v in zip(emulated["strategy"], emulated["emulated_version"], strict=True)
-    )
-    if not names:
+    if emulated.empty:
         return ""
-    how = "planned" if (own["basis"] == "planned").all() else "emulated"
-    return f"As {' and '.join(names)} start, {how} from their sources."
+    named = (emulated["strategy"] + " " + emulated["emulated_version"]).unique()
+    planned = (emulated["basis"] == "planned").all()
+    what = "planned from" if planned else "allocated as by"
+    return f"Start-ups {what} the source of {' and '.join(named)}."
 
 
 Bar = tuple[str, str, dict[str, float], float, str]
@@ -101,7 +112,7 @@ def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
     out: list[Bar] = []
     for one in series(part):
         rows = one.rows.sort_values(["context_tokens", "fill", "repeat"])
-        for _, row in rows.drop_duplicates("context_tokens").iterrows():
+        for _, row in rows.drop_duplicates(["context_tokens", "fill"]).iterrows():
             factor = (row["scale"] if row["scale"] > 0 else 1) / GIB
             found = {k: v * factor for k, v in items_of(row, events).items()}
             refused, said = 0.0, ""
@@ -142,7 +153,7 @@ def items_of(row: pd.Series, events: pd.DataFrame) -> dict[str, float]:
 def item_name(phase: str, allocation: str) -> str:
     """Return the figure's name of an allocation."""
     if allocation == "req_to_token":
-        return allocation
+        return REQ_TO_TOKEN
     if "graph" in allocation and "page_table" not in allocation:
         return "CUDA graphs"
     named = {"context": "context", "nccl": "context", "weights": "weights", "pool": "KV pool"}
@@ -157,16 +168,17 @@ def _stack(axes: Axes, bars: list[Bar], device_gib: float) -> None:
     for label, context, found, refused, said in bars:
         y += 1
         if label != last:
-            axes.text(
+            heading = axes.text(
                 0.01,
                 y,
                 style.plain(label),
-                fontsize=6.5,
+                fontsize=6.5 if len(label) < LONG_LABEL else 5,
                 va="center",
                 weight="bold",
                 bbox=style.WHITE_BOX,
                 transform=axes.get_yaxis_transform(),
             )
+            heading.set_in_layout(False)  # it may run over the axes' end, not squeeze them
             last, y = label, y + 1
         ticks.append((y, context))
         end = _bar(axes, y, found, refused)
@@ -186,7 +198,7 @@ def _bar(axes: Axes, y: float, found: dict[str, float], refused: float) -> float
     for name, colour in ITEMS.items():
         width = found.get(name, 0)
         axes.barh(y, width, 0.75, left, color=colour, zorder=2)
-        if name == "req_to_token" and width >= LABELLED_GIB:
+        if name == REQ_TO_TOKEN and width >= LABELLED_GIB:
             middle = left + width / 2
             axes.text(middle, y, f"{width:.2f}", fontsize=6, ha="center", va="center", zorder=3)
         left += width
@@ -207,36 +219,48 @@ def figure_mem_fraction(rows: pd.DataFrame) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        A curve for each meaning (and whatever else varies); crosses did not start.
+        A curve for each meaning (and whatever else varies): the first in the strategy's colour, the
+        others in neutral ones. Crosses did not start.
     """
     own = points(rows)
     own = own[own["mem_fraction"].notna()]
     meaning = [options_of(v).get("mem_fraction_of", "") for v in own["strategy_options"]]
-    figure = style.new_figure(2.7)
-    axes = figure.axes[0]
-    handles, colours = [], (style.VERMILLION, style.GREEN, style.BLUE, style.ORANGE)
+    handles = []
+    looks = (
+        (style.look("static")[0], "o"),
+        (style.DARK, "s"),
+        (style.BLACK, "^"),
+        (style.SKY, "v"),
+    )
     curves = [
         (of, one)
         for of in dict.fromkeys(meaning)
         for one in series(own[[m == of for m in meaning]], ("context_tokens",), ("mem_fraction",))
     ]
+    figure = style.new_figure(2.3 + 0.13 * len(curves))
+    axes = figure.axes[0]
     for n, (of, one) in enumerate(curves):
-        colour = colours[n % len(colours)]
+        colour, marker = looks[n % len(looks)]
         part = one.rows.sort_values("mem_fraction")
         factor = scale(part) / GIB
         ok = part["status"] == "ok"
         height = part["peak_device_bytes"].where(ok, needed_bytes(part)) * factor
         axes.plot(part["mem_fraction"], height, color=colour, lw=1)
-        axes.plot(part["mem_fraction"][ok], height[ok], "o", color=colour)
+        axes.plot(part["mem_fraction"][ok], height[ok], marker, color=colour)
         axes.plot(part["mem_fraction"][~ok], height[~ok], "X", color=colour, ms=6.5)
         label = one.label + (f", fraction of the {of}" if of else "")
-        handles.append(Line2D([], [], color=colour, marker="o", label=style.plain(label)))
+        handles.append(Line2D([], [], color=colour, marker=marker, label=style.plain(label)))
     handles.append(Line2D([], [], color=style.DARK, marker="X", ls="", label="does not start"))
-    for value in (own["capacity_bytes"] * scale(own)).dropna().unique():
-        style.capacity_line(axes, value / GIB, below=True)
+    sizes = (own["capacity_bytes"] * scale(own)).dropna().unique() / GIB
+    for value in sizes:
+        line = axes.axhline(
+            value, color=style.BLACK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5
+        )
+        line.set_label(f"device: {' or '.join(f'{size:.1f}' for size in sizes)} GiB free")
+    handles += [line] if len(sizes) else []
     axes.margins(y=0.12)
     axes.set(xlabel="mem_fraction", ylabel="needed at start-up, GiB")
-    axes.set_ylim(0, axes.get_ylim()[1])
+    axes.set_ylim(bottom=0)
     style.legend(figure, handles, columns=1)
     at = " and ".join(tokens(c) for c in own["context_tokens"].dropna().unique())
     style.badge(figure, f"Context {at}.", SCALE_TEXT if is_scale_model(own) else "")

@@ -21,7 +21,7 @@ from harness.sizes import GIB
 from harness.tabular import percent, short_tokens
 
 SCALE_TEXT = "Scale model on a host: bytes are multiplied up to the modelled device."
-FILL_TEXT = "At a line's end: the share of the context that is filled (none: 100 %)."
+FILL_TEXT = "Beside a hollow mark: the share of the context that is filled (else: 100 %)."
 Notes = dict[tuple[float, float], tuple[str, str]]
 
 
@@ -56,9 +56,11 @@ def figure_memory(rows: pd.DataFrame) -> Figure:
             style.capacity_line(axes, value / GIB)
         style.token_axis(axes, "")
         style.plain_log_axis(axes, "peak device memory, GiB")
-        axes.set_title(style.plain(f"{model}{_token_bytes(part)}"), loc="left")
+        axes.set_title(style.plain(f"{model} model{_token_bytes(part)}"), loc="left")
     figure.axes[-1].set_xlabel("configured context, tokens")
-    handles["KV"] = Line2D([], [], color=style.DARK, linestyle=":", label="KV pool alone, fullest")
+    handles["KV"] = Line2D(
+        [], [], color=style.DARK, linestyle=":", label="KV pool alone (highest fill)"
+    )
     style.legend(figure, list(handles.values()))
     partly = FILL_TEXT if (own["fill"] < 1).any() else ""
     style.badge(figure, partly, SCALE_TEXT if is_scale_model(own) else "")

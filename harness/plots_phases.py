@@ -36,6 +36,7 @@ PROCESS = (
     "emulated_ranks",
     "capacity_bytes",
 )
+BARS_TEXT = "A bar: what is held at the end of the phase, or was asked for in it."
 COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
     p: p for p in ("context", "nccl", "weights", "tables", "workspace")
 }
@@ -43,7 +44,7 @@ COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
 
 @style.styled
 def figure_phases(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
-    """Draw memory at the end of each phase of the top-context trial of every strategy, stacked.
+    """Draw memory at the end of each phase, stacked, of the trials that :func:`top_trials` picks.
 
     Parameters
     ----------
@@ -72,19 +73,23 @@ def figure_phases(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     )
     style.legend(figure, handles, columns=3)
     own = pd.DataFrame([row for _, row in chosen])
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    style.badge(figure, BARS_TEXT, SCALE_TEXT if is_scale_model(own) else "")
     return figure
 
 
 def top_trials(rows: pd.DataFrame, timeline: pd.DataFrame) -> list[tuple[str, pd.Series]]:
-    """Return each curve's trial of the largest context, and the largest that ended well."""
+    """Return each curve's trial of the largest context and fill, and the largest that ended well.
+
+    Of trials that asked the same, one that ended well goes before one that did not, and one whose
+    events are there before one without.
+    """
     out = []
     have_events = set(timeline["trial_id"])
     for _, part in by_model(points(rows)):
         for one in series(part):
             order = one.rows.assign(
                 _ok=one.rows["status"] == "ok", _events=one.rows["trial_id"].isin(have_events)
-            ).sort_values(["context_tokens", "_ok", "fill", "_events"], kind="stable")
+            ).sort_values(["context_tokens", "fill", "_ok", "_events"], kind="stable")
             ok = order[order["_ok"]]
             if not ok.empty and not order["_ok"].iloc[-1]:
                 out.append((one.label, ok.iloc[-1]))
@@ -196,14 +201,14 @@ def _phase_bars(
     _bar_totals(axes, phases, bottom)
     if row["capacity_bytes"] > 0:
         style.capacity_line(axes, row["capacity_bytes"] * factor)
-    fill = "" if pd.isna(row["fill"]) else f", {percent(row['fill'])} filled"
+    fill = "" if pd.isna(row["fill"]) else f", fill {percent(row['fill'])}"
     end = (
         ""
         if row["status"] == "ok"
         else f": {style.ENDS.get(row['status'], ('', row['status']))[1]}"
     )
     axes.set_title(style.plain(f"{label}, {tokens(row['context_tokens'])}{fill}{end}"), loc="left")
-    axes.set_ylabel("GiB held at its end")
+    axes.set_ylabel("held, GiB")
     axes.grid(axis="x", visible=False)
 
 
@@ -221,4 +226,4 @@ def _bar_totals(axes: Axes, phases: list[str], tops: pd.Series) -> None:
     missing = [i for i, name in enumerate(phases) if name not in tops.index]
     if missing:
         axes.text(sum(missing) / len(missing), 4, "never reached", ha="center", fontsize=6.5)
-    axes.tick_params("x", labelsize=6)
+    axes.tick_params("x", labelsize=6, rotation=30)

@@ -24,6 +24,8 @@ COLOURS = ITEMS | {NOT_NAMED: "#E4E4E4"}
 # Where the bars of a pair stand, the height of each, and the room to the next pair.
 BAR, NEXT, GAP = 0.42, 0.46, 0.35
 
+LEFT_OUT_TEXT = "Not drawn: {} starts at other contexts, with other flags, or repeated."
+
 Pair = tuple[str, pd.Series, pd.Series | None]
 
 
@@ -80,7 +82,7 @@ def figure_real_engines(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     used: set[str] = set()
     for axes, (model, found) in zip(figure.axes, panels, strict=True):
         used |= _panel(axes, found, events)
-        axes.set_title(style.plain(f"{model or 'any model'}, one rank"), loc="left")
+        axes.set_title(style.plain(f"{model or 'any'} model, one rank"), loc="left")
         for value in real["capacity_bytes"].dropna().unique():
             axes.axvline(value / GIB, color="black", linewidth=1, linestyle=(0, (4, 2)))
     figure.axes[-1].set_xlabel("held at ready, or asked for, GiB of one GPU")
@@ -94,7 +96,13 @@ def figure_real_engines(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     style.legend(figure, handles, columns=3)
     versions = real.groupby("strategy")["engine_version"].first()
     started = ", ".join(f"{name} {version}" for name, version in versions.items())
-    style.badge(figure, f"Upper bars: {started}, started. Lower, pale: their emulations.", "")
+    starts = every[(every["engine_version"] != "") & (every["purpose"] != "bracket")]
+    left_out = len(starts) - len(real)
+    style.badge(
+        figure,
+        f"Upper bars: {started}, started. Lower, pale: their emulations.",
+        LEFT_OUT_TEXT.format(left_out) if left_out else "",
+    )
     return figure
 
 

@@ -18,9 +18,9 @@ from harness.series import is_scale_model
 from harness.tabular import short_tokens
 
 SPLITS = {
-    "heads": ("heads split (tp)", style.VERMILLION, "o"),
-    "pages": ("pages dealt out (context)", style.BLUE, "s"),
-    "both": ("both", style.GREEN, "^"),
+    "heads": ("heads split (tp)", style.INDIGO, "o"),
+    "pages": ("pages dealt out (context)", style.SKY, "s"),
+    "both": ("both", style.PLUM, "^"),
 }
 
 

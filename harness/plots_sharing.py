@@ -14,10 +14,10 @@ from harness.series import is_scale_model, series
 from harness.tabular import known
 
 SHARES = {
-    "live_share": ("holds tokens", style.BLUE),
-    "reserved_share": ("reserved for later", style.SKY),
-    "internal_share": ("internal fragmentation", style.ORANGE),
-    "external_share": ("external and other", style.VERMILLION),
+    "live_share": ("holds tokens", style.SKY),
+    "reserved_share": ("reserved for later", style.GREY),
+    "internal_share": ("internal fragmentation", style.YELLOW),
+    "external_share": ("external and other", style.PLUM),
 }
 # Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
 # SOSP 2023, figure 2: per cent of KV memory, in the order of SHARES.
@@ -48,7 +48,9 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     figure = style.new_figure(1.5 + 0.17 * sum(heights), 3, gridspec_kw={"height_ratios": heights})
     shares = [[part[c].dropna().median() for c in SHARES] for _, part in ours]
     _share_bars(figure.axes[0], [label for label, _ in ours], shares)
-    figure.axes[0].set_title("here", loc="left")
+    scaled = is_scale_model(own)
+    figure.axes[0].set_title("on the scale model" if scaled else "measured here", loc="left")
+    figure.axes[0].set_xlabel("share of KV memory, %")
     percents = [[None if v is None else v / 100 for v in values] for values in PAPER.values()]
     _share_bars(figure.axes[1], list(PAPER), percents)
     figure.axes[1].set_title("PagedAttention paper (SOSP '23), figure 2", loc="left")
@@ -73,7 +75,7 @@ def figure_waste(rows: pd.DataFrame) -> Figure:
     axes.margins(x=0.15)
     handles = [Patch(color=colour, label=name) for name, colour in SHARES.values()]
     style.legend(figure, handles)
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    style.badge(figure, SCALE_TEXT if scaled else "")
     return figure
 
 
@@ -85,7 +87,7 @@ def _share_bars(axes: Axes, labels: list[str], values: list[list[float | None]])
                 continue
             axes.barh(y, 100 * share, 0.75, left, color=colour, zorder=2)
             if share > 0.07:
-                white = colour in (style.BLUE, style.VERMILLION)
+                white = colour == style.PLUM
                 axes.text(
                     left + 50 * share,
                     y,

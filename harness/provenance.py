@@ -60,15 +60,22 @@ def manifest(
         "argv": argv,
         "command": " ".join(["python", "-m", "harness", *map(shlex.quote, argv)]),
         "config_hash": config_hash(settings),
+        **surroundings(),
+        "hardware": to_json(settings[0])["hardware"],
+        "seeds": sorted({s.seed for s in settings}),
+        "attempts": [attempt(settings)],
+    }
+
+
+def surroundings() -> dict[str, Any]:
+    """What any measurement depends on: code, versions, GPUs, variables of the libraries."""
+    return {
         "git": git_state(),
         "versions": versions(),
-        "hardware": to_json(settings[0])["hardware"],
         "gpus": gpus(),
         "environment": {
             k: v for k, v in sorted(os.environ.items()) if k.startswith(ENVIRONMENT_PREFIXES)
         },
-        "seeds": sorted({s.seed for s in settings}),
-        "attempts": [attempt(settings)],
     }
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 
 from harness.runs import frame, lookup, trials
 from harness.series import options_of, spoken
+from harness.sources import Sources, first_of
 from harness.tables import count, strategies
 from harness.tabular import EMPTY, Table, figure_of, known, tokens
 
@@ -66,6 +67,8 @@ class Remedy:
         The base's rate, where it was timed at the same length.
     token_bytes : float or None
         K/V bytes of a token, of the modelled device.
+    trials : tuple of str
+        Those that were timed at that length.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Remedy:
     difference: str
     base_rate: float | None
     token_bytes: float | None
+    trials: tuple[str, ...]
 
 
 def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
@@ -92,6 +96,7 @@ def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
         summary.json.
     """
     out: list[Remedy] = []
+    sources = Sources(rows)
     settings: list[dict[str, str]] = []
     for name, one in strategies(summary):
         own, arm = _rows_of(name, rows)
@@ -120,6 +125,7 @@ def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
                 difference,
                 before.tokens_per_second if same and before else None,
                 _token_bytes(own),
+                tuple(sources.decode(name, at)) if rate else (),
             )
         )
         settings.append(setting)
@@ -147,6 +153,7 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
                 at,
                 _ratio_text(one),
                 f"{one.base}: {one.difference}" if one.base else EMPTY,
+                first_of(list(one.trials)) or EMPTY,
             )
         )
     columns = (
@@ -158,6 +165,7 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
         ">at resident",
         ">of the other's",
         "differs by one thing from",
+        "timed in",
     )
     notes = (
         "Points are the largest ok, in tokens; ≥: nothing failed up to the end of the sweep; "

@@ -33,6 +33,7 @@ JUDGED_NOTE = (
     "The rows are those of earlier runs, which the command names: their ledger events, timings and "
     "figures lie in their own folders."
 )
+MOST_ANSWERS = 8
 SCALE_NOTE = "Scale model on a host: OOM points transfer to the modelled device, speeds do not."
 
 
@@ -61,8 +62,8 @@ def write_report_md(
     run_id = clean(lookup(manifest, "run_id", default=""))
     lines = [f"# {markdown_text(title(folder, manifest))}", ""]
     lines += [f"* {markdown_text(line)}" for line in said_of(rows, summary, run_id)]
-    found = report_tables(rows, summary, run_id)
-    lines += _sections(found[:-2]) + _figures(folder) + _sections(found[-2:])
+    said, evidence = report_parts(rows, summary, run_id)
+    lines += _sections(said) + _figures(folder) + _sections(evidence)
     lines += ["", "## Provenance", "", *provenance_lines(manifest)]
     lines += ["", JUDGED_NOTE if rows_of_others(rows, run_id) else FIGURES_NOTE]
     return write_file(Path(folder) / "report.md", "\n".join(lines) + "\n")
@@ -78,25 +79,32 @@ def title(folder: Path, manifest: dict[str, Any]) -> str:
     return f"{experiment}: {clean(lookup(manifest, 'run_id', default='')) or Path(folder).name}"
 
 
-def report_tables(rows: pd.DataFrame, summary: dict[str, Any], run_id: str) -> list[Table]:
-    """Return the tables of a report that have a line; the last one is of every trial.
+def report_parts(
+    rows: pd.DataFrame, summary: dict[str, Any], run_id: str
+) -> tuple[list[Table], list[Table]]:
+    """Return the tables of a report that have a line: answers, and what they rest on.
 
     Of rows of earlier runs, whose own reports say the rest, only the verdicts and the rows.
     """
     judged_only = rows_of_others(rows, run_id)
-    found = [
-        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary)]),
+    said = [
+        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary, rows)]),
         tables.verdicts(summary),
-        tables.carried(summary),
         *engine_tables(summary),
-        tables.planner(rows),
+    ]
+    evidence = [
+        tables.verdict_sources(summary),
+        tables.planner(rows, each=True),
         tables.sweep(rows, each=True),
     ]
-    return [t for t in found if t.rows]
+    return [t for t in said if t.rows], [t for t in evidence if t.rows]
 
 
 def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
-    """Return a sentence a strategy on where it starts and what it holds, and how trials ended."""
+    """Return a sentence a strategy on where it starts and what it holds, and how trials ended.
+
+    Of more strategies than a reader takes in, only their number.
+    """
     out = []
     for name, one in tables.strategies(summary):
         startup, admit, resident = (lookup(one, p, "ok") for p in ("startup", "admit", "resident"))
@@ -111,6 +119,8 @@ def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
             said.append(f"holds {tables.count(resident)} tokens")
         if said:
             out.append(f"{name} {'; '.join(said)}.")
+    if len(out) > MOST_ANSWERS:
+        out = [f"{len(out)} configurations: the table of OOM points says where each of them ends."]
     if is_scale_model(rows):
         out.append(SCALE_NOTE)
     status = rows["status"].value_counts()
@@ -180,7 +190,7 @@ def provenance_lines(manifest: dict[str, Any]) -> list[str]:
 
 
 def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
-    """Write report.md, report.html, LaTeX and BibTeX of the runs into the first one's folder.
+    """Write report.md into each run's folder; report.html, LaTeX and BibTeX into the first one's.
 
     Parameters
     ----------
@@ -198,9 +208,12 @@ def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
     for run in [r for r in runs if redraw and not r.of_earlier_runs]:
         draw_run(run.folder, run.rows, run.timeline, run.summary)
     first = runs[0]
-    page = write_report_md(first.folder, first.rows, first.timeline, first.summary, first.manifest)
+    pages = [
+        write_report_md(run.folder, run.rows, run.timeline, run.summary, run.manifest)
+        for run in runs
+    ]
     return [
-        page,
+        *pages,
         write_file(first.folder / "report.html", html_report(runs)),
         *write_latex(first.folder, runs),
     ]
@@ -210,8 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of those folders that are runs; 0, or 2 when one is none."""
     parser = OneLineParser(
         prog="python -m harness.report",
-        description="Write report.md, report.html (self-contained), *.tex (booktabs tables, a "
-        "macro for each headline number) and a BibTeX entry into the first run's folder.",
+        description="Write report.md into each run's folder, and report.html (self-contained), "
+        "*.tex (booktabs tables, a macro for each headline number) and BibTeX entries of all runs "
+        "into the first one's.",
         epilog="Exit status: 0, or 2 when a folder is no run (the report is of the others).",
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")

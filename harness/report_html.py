@@ -15,16 +15,18 @@ from pathlib import Path
 
 from harness.columns import is_text
 from harness.plots import TITLES
-from harness.report import figure_files, provenance, report_tables, said_of, title
+from harness.report import figure_files, provenance, report_parts, said_of, title
 from harness.runs import Run
 from harness.tabular import EMPTY, Table, known
 
+TALL = 40  # rows of a table that scrolls by itself
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1a1a1a;max-width:75rem;margin:2rem auto;
 padding:0 1rem}
 h1{font-size:1.5rem;margin-bottom:.2rem}h2{font-size:1.15rem;margin-top:2.2rem}
 nav a{margin-right:1rem}a{color:#0072B2}.note,figcaption{color:#555;font-size:.85rem;margin:.3rem 0}
-.scroll{overflow-x:auto;max-height:36rem;overflow-y:auto;border:1px solid #ddd}
+.scroll{overflow-x:auto;border:1px solid #ddd}
+.tall{max-height:36rem;overflow-y:auto}
 table{border-collapse:collapse;font-size:.82rem;width:100%}
 td,th{padding:.25rem .6rem;text-align:left}
 th{position:sticky;top:0;background:#f3f3f3;white-space:nowrap}
@@ -42,7 +44,7 @@ details{margin:1rem 0}summary{cursor:pointer;font-weight:600}
 pre{background:#f6f6f6;padding:.8rem;overflow:auto;max-height:40rem;font-size:.8rem}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:.15rem 1rem}dt{color:#555}dd{margin:0}
 dd{overflow-wrap:anywhere}
-@media print{.scroll{max-height:none;border:0}th button::after{content:""}}
+@media print{.tall{max-height:none}.scroll{border:0}th button::after{content:""}}
 """
 _SCRIPT = """
 document.querySelectorAll("table.sortable").forEach(table => {
@@ -56,7 +58,8 @@ document.querySelectorAll("table.sortable").forEach(table => {
         const cell = row.cells[column], text = cell.textContent.trim();
         if (!cell.classList.contains("number")) return text;
         const sizes = {K: 1e3, M: 1e6, Ki: 1024, Mi: 1048576};
-        const found = text.replace(/,/g, "").match(/^([+-]?[0-9.]+(?:e[+-]?[0-9]+)?)(Ki|Mi|K|M)?/);
+        const figure = /^(?:≥ )?([+-]?[0-9.]+(?:e[+-]?[0-9]+)?)(Ki|Mi|K|M)?/;
+        const found = text.replace(/,/g, "").match(figure);
         return found ? parseFloat(found[1]) * (sizes[found[2]] || 1) : NaN;
       };
       const compare = (a, b) => typeof a === "number"
@@ -102,22 +105,25 @@ def html_report(runs: Sequence[Run]) -> str:
 
 def _run(run: Run, number: int, count: int) -> str:
     prefix = f"run{number}-" if count > 1 else ""
-    tables = report_tables(run.rows, run.summary, run.run_id)
+    said, evidence = report_parts(run.rows, run.summary, run.run_id)
+    trials = frozenset(run.rows["trial_id"]) - {""}
     sections = [
-        f'<h2 id="{prefix}table{n}">{html.escape(t.title)}</h2>\n{t.html(prefix)}'
-        for n, t in enumerate(tables)
+        f'<h2 id="{prefix}table{n}">{html.escape(t.title)}</h2>\n'
+        + t.html(prefix, "tall" if len(t.rows) > TALL else "", trials)
+        for n, t in enumerate([*said, *evidence])
     ]
-    names = [(f"{prefix}table{n}", t.title) for n, t in enumerate(tables)]
-    names.insert(max(len(names) - 2, 0), (f"{prefix}figures", "Figures"))
+    names = [(f"{prefix}table{n}", t.title) for n, t in enumerate([*said, *evidence])]
+    names.insert(len(said), (f"{prefix}figures", "Figures"))
     names += [(f"{prefix}rows", "Every row"), (f"{prefix}provenance", "Provenance")]
     links = "".join(f'<a href="#{i}">{html.escape(t)}</a>' for i, t in names)
-    said = "".join(f"<p>{html.escape(s)}</p>" for s in said_of(run.rows, run.summary, run.run_id))
+    lines = said_of(run.rows, run.summary, run.run_id)
+    points = "".join(f"<li>{html.escape(s)}</li>" for s in lines)
     return (
-        f"<h1>{html.escape(title(run.folder, run.manifest))}</h1>\n{said}<nav>{links}</nav>\n"
-        f"{_manifest(run)}"
-        + "\n".join(sections[:-2])
+        f"<h1>{html.escape(title(run.folder, run.manifest))}</h1>\n<ul>{points}</ul>"
+        f"<nav>{links}</nav>\n{_manifest(run)}"
+        + "\n".join(sections[: len(said)])
         + f'<h2 id="{prefix}figures">Figures</h2>{_figures(run.folder)}\n'
-        + "\n".join(sections[-2:])
+        + "\n".join(sections[len(said) :])
         + f'<h2 id="{prefix}rows">Every row of trials.csv</h2>{every_row(run, prefix)}\n'
         + f'<h2 id="{prefix}provenance">Provenance</h2>{_provenance(run)}'
     )
@@ -133,7 +139,7 @@ def every_row(run: Run, prefix: str = "") -> str:
     for row in rows:
         ids.append("" if row[0] in seen else row[0])
         seen.add(row[0])
-    return Table("", heads, tuple(map(tuple, rows)), row_ids=tuple(ids)).html(prefix, "wide")
+    return Table("", heads, tuple(map(tuple, rows)), row_ids=tuple(ids)).html(prefix, "wide tall")
 
 
 def _value(value: object) -> str:

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness import tables
+from harness.latex_table import breakable
 from harness.report import title
 from harness.runs import Run, clean, dicts, lookup, write_file
 from harness.series import scale
+from harness.sources import Sources
 from harness.tabular import EMPTY, Table, figure_of, gib, latex_text, tokens
 
 _DIGITS = dict(
@@ -58,30 +60,42 @@ def _tables(run: Run) -> Iterator[tuple[str, Table]]:
 def macro_lines(run: Run, several: bool = False) -> list[str]:
     r"""Return a ``\newcommand`` for each headline number, with the row that it comes from.
 
-    Names are letters only: ``\kvPagedResidentOk``; the run's id goes in when there are several.
+    Names are letters only: ``\kvPagedResidentOk``; the run's id goes in when there are several. Of
+    two that would be the same the later one gets ``Again``: TeX stops at a name defined twice.
     """
     prefix = "kv" + (letters(run.run_id) if several else "")
     lines = [f"% {clean(title(run.folder, run.manifest))}"]
-    lines += [
-        rf"\newcommand{{\{prefix}{name}}}{{{latex_text(value)}}} % {clean(source)}"
-        for name, value, source in headline(run)
-        if value != EMPTY
-    ]
+    taken: set[str] = set()
+    for name, value, source in headline(run):
+        if value == EMPTY:
+            continue
+        while name in taken:
+            name += "Again"
+        taken.add(name)
+        lines.append(rf"\newcommand{{\{prefix}{name}}}{{{latex_text(value)}}} % {clean(source)}")
     return lines
 
 
 def headline(run: Run) -> Iterator[tuple[str, str, str]]:
-    """Yield each headline number: its name in letters, its value, where it stands."""
+    """Yield each headline number: its name in letters, its value, where it stands, its trials."""
     factor = float(scale(run.rows).max())
+    sources = Sources(run.rows)
+
+    def told(where: str, trials: list[str]) -> str:
+        return f"summary.json {where}" + (f"; trials {' '.join(trials)}" if trials else "")
+
     for name, one in tables.strategies(run.summary):
         own = letters(name)
         for key, word in POINTS.items():
             for end, suffix in (("ok", "Ok"), ("not_ok", "NotOk")):
-                source = f"summary.json strategies.{name}.{key}.{end}"
-                yield f"{own}{word}{suffix}", tables.count(lookup(one, key, end)), source
+                found = lookup(one, key, end)
+                trials = sources.end(name, key, found, end == "ok")
+                source = told(f"strategies.{name}.{key}.{end}", trials)
+                yield f"{own}{word}{suffix}", tables.count(found), source
         peak = lookup(one, "peak_device_bytes")
         if isinstance(peak, (int, float)):
-            source = f"summary.json strategies.{name}.peak_device_bytes x {factor:g}"
+            where = f"strategies.{name}.peak_device_bytes x {factor:g}"
+            source = told(where, sources.peak(name, peak))
             yield f"{own}Peak", gib(peak * factor), source
         for entry in dicts(one, "decode"):
             at, rate = (
@@ -89,11 +103,12 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
                 lookup(entry, "attention_decode_tokens_per_second"),
             )
             if isinstance(at, (int, float)):
-                source = f"summary.json strategies.{name}.decode at {at:.0f}"
+                source = told(f"strategies.{name}.decode at {at:.0f}", sources.decode(name, at))
                 yield f"{own}DecodeAt{letters(tokens(at))}", figure_of(rate), source
     for claim in dicts(run.summary, "claims"):
-        name = f"Claim{letters(clean(lookup(claim, 'id', default='')))}"
-        source = tables.value(lookup(claim, "trials", default="summary.json"))
+        claimed = clean(lookup(claim, "id", default=""))
+        name = f"Claim{letters(claimed)}"
+        source = told(f"claims.{claimed}", tables.claim_trials(claim))
         for key, word in (
             ("verdict", "Verdict"),
             ("measured", "Measured"),
@@ -109,26 +124,38 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
 
 
 def letters(text: str) -> str:
-    """Return text as CamelCase letters, digits spelled: ``eager_pages`` is ``EagerPages``."""
-    spelled = re.sub(r"[0-9]", lambda m: f" {_DIGITS[m[0]]} ", text)
+    """Return text as CamelCase letters, digits spelled: ``eager_pages`` is ``EagerPages``.
+
+    ``2.5M`` is ``TwoPointFiveM``, another name than that of ``25M``.
+    """
+    pointed = re.sub(r"(?<=[0-9])\.(?=[0-9])", " Point ", text)
+    spelled = re.sub(r"[0-9]", lambda m: f" {_DIGITS[m[0]]} ", pointed)
     return "".join(word[0].upper() + word[1:] for word in re.findall(r"[A-Za-z]+", spelled))
 
 
 def bibtex(run: Run) -> str:
-    """Return the BibTeX entry of a run: its id, commit and date."""
-    date = clean(lookup(run.manifest, "started_utc", default=""))
-    year = date[:4] if re.fullmatch(r"\d{4}", date[:4]) else "n.d."
-    commit = clean(lookup(run.manifest, "git", "commit", default="")) or "unknown"
+    """Return the BibTeX entry of a run: its id, commit, date and command.
+
+    The note holds what the styles of plain BibTeX have no field for.
+    """
+    date = clean(lookup(run.manifest, "started_utc", default=""))[:10]
+    dated = re.fullmatch(r"(\d{4})-(\d{2})-\d{2}", date)
+    commit = clean(lookup(run.manifest, "git", "commit", default=""))
     command = clean(lookup(run.manifest, "command", default=""))
     key = re.sub(r"[^A-Za-z0-9-]+", "-", run.run_id)
-    dirty = ", with uncommitted changes" if lookup(run.manifest, "git", "dirty") is True else ""
+    dirty = lookup(run.manifest, "git", "dirty") is True
+    notes = [
+        f"Run of {date}" if dated else "",
+        f"Commit {latex_text(commit)}" if commit else "No commit known",
+        "With uncommitted changes" if dirty else "",
+        rf"Command: \texttt{{{breakable(latex_text(command))}}}" if command else "",
+    ]
     fields = {
         "title": f"{{kv-alloc-bench}} run {latex_text(title(run.folder, run.manifest))}",
-        "author": "{The kv-alloc-bench contributors}",
-        "year": year,
-        "date": date[:10],
-        "version": f"commit {latex_text(commit)}{dirty}",
-        "note": rf"Command: \texttt{{{latex_text(command)}}}",
+        "author": "{The kv-alloc-bench authors}",
+        "year": dated[1] if dated else "n.d.",
+        "month": str(int(dated[2])) if dated else "",
+        "note": ". ".join(n for n in notes if n),
     }
     body = ",\n".join(f"  {k} = {{{v}}}" for k, v in fields.items() if v)
     return f"@misc{{kv-alloc-bench-{key},\n{body}\n}}\n"

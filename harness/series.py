@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from harness.tabular import tokens
 VARIATIONS = (
     "hardware",
     "device_name",
+    "basis",
     "emulated_version",
     "engine_version",
     "workload",
@@ -41,8 +43,6 @@ VARIATIONS = (
     "context_ranks",
     "world_size",
     "emulated_ranks",
-    "parallel",
-    "context_ranks",
 )
 NAMED_BY_VALUE = (
     "strategy",
@@ -143,8 +143,9 @@ def series(
 
 
 def spoken(arm: str) -> str:
-    """Return an arm's name in words: ``fp8_kv`` as ``FP8 KV``."""
-    return " ".join(w.upper() if w in ACRONYMS else w for w in arm.split("_"))
+    """Return an arm's name in words: ``fp8_kv`` as ``FP8 KV``, ``page_2MiB`` as ``page 2 MiB``."""
+    words = " ".join(w.upper() if w in ACRONYMS else w for w in arm.split("_"))
+    return re.sub(r"(\d)([KMG]iB)\b", r"\1 \2", words)
 
 
 def _arms(rows: pd.DataFrame, leave: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
@@ -159,16 +160,26 @@ def _split(
 ) -> Iterator[tuple[list[str], pd.DataFrame]]:
     """Return the rows of each configuration, and what tells it from the others."""
     split = _configuration(own, extra, leave)
-    varied = [c for c in split if _values(split, str(c)) > 1]
+    varied = [c for c in split if distinct(split[c], str(c)) > 1]
     groups = split.groupby(varied, sort=True, dropna=False) if varied else [((), split)]
+    told = set(_told_by_basis(split, varied))
     for values, group in groups:
-        parts = [named(c, v) for c, v in zip(varied, values, strict=True)]
+        pairs = zip(varied, values, strict=True)
+        parts = [named(c, v) for c, v in pairs if c not in told]
         yield [p for p in parts if p], own.loc[group.index]
 
 
-def _values(split: pd.DataFrame, column: str) -> int:
+def _told_by_basis(split: pd.DataFrame, varied: list[str]) -> list[str]:
+    """Return the columns that differ only as a scale model differs from the device."""
+    if "basis" not in varied:
+        return []
+    groups = split.groupby("basis")
+    others = [c for c in varied if c != "basis"]
+    return [c for c in others if (groups[c].agg(distinct, column=c) <= 1).all()]
+
+
+def distinct(values: pd.Series, column: str) -> int:
     """Count a column's values; a trial that failed early does not know its kernel's variant."""
-    values = split[column]
     return int((values[values != ""] if column in KNOWN_LATE else values).nunique(dropna=False))
 
 
@@ -179,6 +190,7 @@ def _configuration(
     if own["strategy"].isin(ENGINES).all():
         leave = (*leave, *NOT_OF_ENGINES)
     columns = [c for c in dict.fromkeys((*VARIATIONS, *extra)) if c not in leave]
+    own = own.assign(chunk_bytes=own["chunk_bytes"] * scale(own))  # the modelled device's
     options = pd.DataFrame([options_of(v) for v in own["strategy_options"]], index=own.index)
     other = [c for c in options if c not in OPTIONS_IN_COLUMNS and c not in (*COLUMNS, *leave)]
     return pd.concat([own[columns], options[other].astype("string").fillna("")], axis=1)
@@ -209,6 +221,8 @@ def named(column: str, value: object) -> str:
         return f"{value} {'itself' if column == 'engine_version' else 'emulated'}"
     if value == "True":
         return column
+    if column == "basis":
+        return str(value).replace("_", " ")
     if column in NAMED_BY_VALUE:
         return str(value)
     if column not in COLUMNS:

@@ -1,7 +1,8 @@
 """One look for every figure: colours, markers, axes in powers of ten tokens, files.
 
-Figures are drawn for one column of a paper (3.4 in). The palette is Okabe and Ito's, which people
-with any kind of colour vision can tell apart; a strategy keeps its colour and marker everywhere.
+Figures are drawn for one column of a paper (3.4 in). The palette is Okabe and Ito's with a few dark
+tones beside it, which people with any kind of colour vision can tell apart. A strategy keeps its
+colour and marker everywhere, and nothing else has a strategy's colour.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ WIDTH_INCHES = 3.4
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, DARK = "#BBBBBB", "#666666"
+INDIGO, FOREST, PLUM = "#332288", "#225522", "#5B1846"
 
 _STRATEGY = {
     "static": (VERMILLION, "s"),
@@ -37,7 +39,7 @@ _STRATEGY = {
 _OTHERS = ((SKY, "P"), (BLACK, "*"), (DARK, "h"), (GREY, "X"))
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
 LEGEND_LETTERS = 72  # that fit a column's width in the legend's size
-BADGE_LETTERS = 80  # likewise in a badge's
+BADGE_LETTERS = 76  # likewise in a badge's
 LINES = ("-", "--", ":", "-.")
 COMPONENTS = {
     "context": GREY,
@@ -45,8 +47,8 @@ COMPONENTS = {
     "weights": DARK,
     "tables": YELLOW,
     "KV": SKY,
-    "workspace": PURPLE,
-    "other": GREEN,
+    "workspace": PLUM,
+    "other": INDIGO,
 }
 # How a trial that did not end well is marked, and what the mark is called.
 ENDS = {
@@ -142,8 +144,9 @@ def token_axis(axes: Axes, label: str) -> None:
 def plain_log_axis(axes: Axes, label: str) -> None:
     """Make y a log axis whose ticks (1, 2, 5, 10 ...) are written out."""
     axes.set_yscale("log")
+    axes.margins(y=0.1)
     low, high = axes.get_ylim()
-    steps = (1.0, 2.0, 5.0) if high / max(low, 1e-12) < 200 else (1.0,)
+    steps = (1.0, 2.0, 5.0) if high / max(low, 1e-12) < 500 else (1.0,)
     axes.yaxis.set_major_locator(LogLocator(10, subs=steps, numticks=20))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.10g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())

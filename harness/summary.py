@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from harness.ranks_summary import held_tokens, per_trial, rank_spread
 from harness.rows import Row
+from harness.sizes import GIB, MIB, gib
 
 SCHEMA = 1
 START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
@@ -78,19 +80,30 @@ def _named(name: str, value: Any, every: list[Any]) -> str:  # noqa: ANN401
     if name == "model":
         return str(value)
     if name == "scale":
-        return f"scale model 1:{value}" if value and value != 1 else ""
+        return "scale model" if (value or 1) > 1 else "device"
     if name == "strategy_options":
         return _options_that_differ(value, every)
+    if name.endswith("_bytes") and value:
+        size = gib(value) if value >= GIB else f"{value / MIB:.4g} MiB"
+        return f"{name.removesuffix('_bytes')} {size}"
     plain = name.removesuffix("_bytes").removesuffix("_tokens")
     return f"no {plain}" if value is None else f"{plain} {value}"
 
 
 def _options_that_differ(value: str, every: list[str]) -> str:
-    own = json.loads(value or "{}")
-    others = [json.loads(v or "{}") for v in every]
+    own, others = _options(value), [_options(v) for v in every]
     differing = [k for k in own if any(o.get(k) != own[k] for o in others)]
     shown = [f"{k}={own[k]}" for k in sorted(differing) if own[k] is not None]
     return " ".join(shown) or "defaults"
+
+
+def _options(text: object) -> dict[str, Any]:
+    """A row's options; none where a stranger's row holds no JSON object."""
+    try:
+        value = json.loads(str(text or "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
@@ -112,28 +125,35 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     is refused. When
     start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
     """
-    filled = [
-        r
-        for r in rows
-        if r.get("resident_tokens") is not None
-        and r.get("workload_steps") is None
-        and r["sequences"] == 1
-        and started(r) == "ok"
-        and float(r["fill"]) > 0
-        and r["purpose"] != "bracket"
-    ]
-    if not filled:
+    full = [r for r in rows if filled(r)]
+    if not full:
         return {"ok": None, "not_ok": None, "limited_by": ""}
-    ok = max(held_tokens(r) for r in filled)
-    refused = [r for r in filled if r["status"] in ("oom", "refused")]
+    ok = max(held_tokens(r) for r in full)
+    refused = [r for r in full if r["status"] in ("oom", "refused")]
     if refused:
         best = max(refused, key=held_tokens)
-        grain = int(best.get("page_tokens") or best["block_tokens"])
-        more = grain * int(best.get("context_ranks") or 1)
-        return {"ok": ok, "not_ok": ok + more, "limited_by": best["status"]}
+        return {"ok": ok, "not_ok": ok + one_more(best), "limited_by": best["status"]}
     if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
     return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
+
+
+def filled(row: Row) -> bool:
+    """Whether a trial filled one sequence as far as it was asked to, or as it could."""
+    return (
+        row.get("resident_tokens") is not None
+        and row.get("workload_steps") is None
+        and row["sequences"] == 1
+        and started(row) == "ok"
+        and float(row["fill"] or 0) > 0
+        and row["purpose"] != "bracket"
+    )
+
+
+def one_more(row: Row) -> int:
+    """Tokens of what is added at once to a sequence: a page (an engine's block) on every rank."""
+    grain = int(row.get("page_tokens") or row.get("block_tokens") or 0)
+    return grain * int(row.get("context_ranks") or 1)
 
 
 def strategy_summary(rows: list[Row]) -> dict[str, Any]:
@@ -155,7 +175,7 @@ def strategy_summary(rows: list[Row]) -> dict[str, Any]:
         "decode": [
             {
                 "resident_tokens": tokens,
-                "attention_decode_tokens_per_second": sorted(own)[len(own) // 2],
+                "attention_decode_tokens_per_second": statistics.median(own),
             }
             for tokens, own in sorted(rates.items())
         ],

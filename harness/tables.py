@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.runs import clean, dicts, frame, lookup, trials
 from harness.series import is_scale_model, points, scale, series
+from harness.sources import Sources, first_of
 from harness.tabular import (
     EMPTY,
     Table,
@@ -113,7 +114,7 @@ def _failures(own: pd.DataFrame) -> list[str]:
         for _, row in one.rows[one.rows["oom_requested_bytes"].notna()].iterrows():
             where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p)
             text = (
-                f"{one.label} at {tokens(row['context_tokens'])}, {percent(row['fill'])} filled: "
+                f"{one.label} at {tokens(row['context_tokens'])}, fill {percent(row['fill'])}: "
                 f"{row['status']} in {where}: asked "
                 f"{scaled_bytes(row['oom_requested_bytes'], row['scale'])}, free "
                 f"{scaled_bytes(row['oom_free_bytes'], row['scale'])}, "
@@ -165,8 +166,12 @@ def without_empty(table: Table, keep: tuple[str, ...] = ()) -> Table:
     )
 
 
-def oom_points(summary: dict[str, Any]) -> Table:
-    """Return a line a strategy and OOM point: [largest ok, smallest not ok], how it ended."""
+def oom_points(summary: dict[str, Any], rows: pd.DataFrame | None = None) -> Table:
+    """Return a line a strategy and OOM point: [largest ok, smallest not ok], how it ended.
+
+    With rows a column names the trials of both ends.
+    """
+    sources = None if rows is None else Sources(rows)
     meaning = {
         "startup": "start-up (reaches ready)",
         "admit": "admit (full context accepted)",
@@ -179,18 +184,17 @@ def oom_points(summary: dict[str, Any]) -> Table:
             if not bracket or (lookup(bracket, "ok") is None and not lookup(bracket, "not_ok")):
                 continue
             ended = clean(lookup(bracket, "limited_by", default=""))
-            lines.append(
-                (
-                    name,
-                    text,
-                    count(lookup(bracket, "ok")),
-                    count(lookup(bracket, "not_ok")),
-                    ENDINGS.get(ended, ended or EMPTY),
-                )
-            )
-    columns = ("strategy", "point", ">largest ok", ">smallest not ok", "ended by")
+            ok, not_ok = lookup(bracket, "ok"), lookup(bracket, "not_ok")
+            line = [name, text, count(ok), count(not_ok), ENDINGS.get(ended, ended or EMPTY)]
+            if sources is not None:
+                ends = [sources.end(name, key, ok, True), sources.end(name, key, not_ok, False)]
+                shown = dict.fromkeys(first_of(found, 2) for found in ends if found)
+                line.append("; ".join(shown) or EMPTY)
+            lines.append(tuple(line))
+    columns = ["strategy", "point", ">largest ok", ">smallest not ok", "ended by"]
+    columns += [] if sources is None else ["trials"]
     notes = ("Tokens of one sequence's context (start-up, admit) or stored in it (resident).",)
-    return Table("OOM points, tokens", columns, tuple(lines), notes)
+    return Table("OOM points, tokens", tuple(columns), tuple(lines), notes)
 
 
 def verdicts(summary: dict[str, Any]) -> Table:
@@ -213,18 +217,23 @@ def verdicts(summary: dict[str, Any]) -> Table:
     )
 
 
-def carried(summary: dict[str, Any]) -> Table:
-    """Return the trials that carry each verdict, by the ids of the table of trials."""
+def verdict_sources(summary: dict[str, Any]) -> Table:
+    """Return a line a claim that rests on rows: their trials, all of them."""
     lines = tuple(
-        (clean(lookup(c, "id", default="")), f"{len(ids)}", ", ".join(ids))
+        (clean(lookup(c, "id", default="")), str(len(found)), " ".join(found))
         for c in dicts(summary, "claims")
-        if (ids := _texts(lookup(c, "trials")))
+        if (found := claim_trials(c))
     )
-    return Table("Trials that carry each verdict", ("id", ">trials", "by id"), lines)
+    notes = (
+        "A claim that is not listed rests on arithmetic, on the planner or on a source alone.",
+    )
+    return Table("Trials behind the verdicts", ("id", ">trials", "trial"), lines, notes)
 
 
-def _texts(found: object) -> list[str]:
-    return [clean(v) for v in found] if isinstance(found, list) else []
+def claim_trials(claim: dict[str, Any]) -> list[str]:
+    """Return the ids of the trials that carry a verdict."""
+    found = lookup(claim, "trials", default=[])
+    return [clean(t) for t in found] if isinstance(found, list) else []
 
 
 def _with_unit(claim: dict[str, Any]) -> str:
@@ -234,8 +243,11 @@ def _with_unit(claim: dict[str, Any]) -> str:
     return f"{text} ({unit})" if " " in unit else f"{text} {unit}"
 
 
-def planner(rows: pd.DataFrame) -> Table:
-    """Return the planner's prediction beside the measurement for every trial that has both."""
+def planner(rows: pd.DataFrame, *, each: bool = False) -> Table:
+    """Return the planner's prediction beside the measurement for every trial that has both.
+
+    With ``each`` a column names the trial: the first of those that give the same line.
+    """
     own = points(rows)
     lines, anchors = [], []
     for _, row in own[own["predicted_peak_bytes"].notna()].iterrows():
@@ -266,8 +278,13 @@ def planner(rows: pd.DataFrame) -> Table:
     note = ("Bytes of the modelled device.",) if is_scale_model(frame(rows)) else ()
     first = dict(reversed(list(zip(lines, anchors, strict=True))))
     kept = tuple(dict.fromkeys(lines))
-    table = Table("Planner beside measurement", columns, kept, note, tuple(first[k] for k in kept))
-    return without_empty(table, keep=columns[:6])
+    ids = tuple(first[k] for k in kept)
+    table = Table("Planner beside measurement", columns, kept, note, ids)
+    table = without_empty(table, keep=columns[:6])
+    if not each:
+        return table
+    named = tuple((trial, *line) for trial, line in zip(ids, table.rows, strict=True))
+    return replace(table, columns=("trial", *table.columns), rows=named)
 
 
 def count(value: object) -> str:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import html
 import math
+import re
 import textwrap
 from dataclasses import dataclass, field
 
 from harness import sizes
+from harness.latex_table import latex_table
 from harness.runs import clean
 from harness.sizes import MIB
 
@@ -26,6 +28,10 @@ _LATEX = {
     "µ": r"\textmu{}",
     "·": r"\textperiodcentered{}",
     "→": r"$\rightarrow$",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    '"': "''",
     **{c: f"\\{c}" for c in "&%$#_{}"},
 }
 
@@ -91,8 +97,11 @@ class Table:
         lines = [f"| {' | '.join(row)} |" for row in (body[0], rule, *body[1:])]
         return "\n".join([*lines, *(f"\n{markdown_text(n)}" for n in self.notes)])
 
-    def html(self, prefix: str = "", kind: str = "") -> str:
-        """Return a ``<table>``; rows link to their trial's anchor, ``{prefix}trial-{id}``."""
+    def html(self, prefix: str = "", kind: str = "", trials: frozenset[str] = frozenset()) -> str:
+        """Return a ``<table>``; a row links to its trial, and every word of a cell that is one.
+
+        Only to those of ``trials``, whose anchors (``{prefix}trial-{id}``) the page has.
+        """
         heads = "".join(
             f"<th{_right(c)}><button>{html.escape(c.removeprefix('>'))}</button></th>"
             for c in self.columns
@@ -101,10 +110,10 @@ class Table:
         for n, row in enumerate(self.rows):
             anchor = self.anchors[n] if n < len(self.anchors) else ""
             cells = [
-                f"<td{_right(c)}>{html.escape(v)}</td>"
+                f"<td{_right(c)}>{_linked(v, prefix, trials)}</td>"
                 for c, v in zip(self.columns, row, strict=True)
             ]
-            if anchor and row:
+            if row and anchor in trials:
                 link = f'<a href="#{prefix}trial-{html.escape(anchor)}">{html.escape(row[0])}</a>'
                 cells[0] = f"<td>{link}</td>"
             name = self.row_ids[n] if n < len(self.row_ids) else ""
@@ -113,34 +122,32 @@ class Table:
         notes = "".join(f"<p class=note>{html.escape(n)}</p>" for n in self.notes)
         body = "\n".join(rows)
         return (
-            f'<div class=scroll><table class="sortable {kind}"><thead><tr>{heads}</tr></thead>\n'
+            f'<div class="{f"scroll {kind}".strip()}"><table class=sortable>'
+            f"<thead><tr>{heads}</tr></thead>\n"
             f"<tbody>{body}</tbody></table></div>{notes}"
         )
 
     def latex(self, label: str) -> str:
-        """Return a ``table`` in booktabs style."""
-        spec = "".join("r" if c.startswith(">") else "l" for c in self.columns)
-        head = " & ".join(latex_text(c) for c in self.headings)
-        body = [" & ".join(latex_text(c) for c in row) + r" \\" for row in self.rows]
-        notes = " ".join(latex_text(n) for n in self.notes)
-        caption = latex_text(self.title) + (f". {notes}" if notes else "")
-        return "\n".join(
-            [
-                r"% needs \usepackage{booktabs}",
-                r"\begin{table}",
-                r"\centering\small",
-                rf"\caption{{{caption}}}\label{{tab:{label}}}",
-                rf"\begin{{tabular}}{{{spec}}}",
-                r"\toprule",
-                head + r" \\",
-                r"\midrule",
-                *body,
-                r"\bottomrule",
-                r"\end{tabular}",
-                r"\end{table}",
-                "",
-            ]
+        """Return a table in booktabs style (:mod:`harness.latex_table`)."""
+        return latex_table(
+            latex_text(self.title),
+            [latex_text(c) for c in self.headings],
+            [c.startswith(">") for c in self.columns],
+            [[latex_text(c) for c in row] for row in self.rows],
+            [latex_text(n) for n in self.notes],
+            label,
         )
+
+
+def _linked(text: str, prefix: str, trials: frozenset[str]) -> str:
+    """Return a cell's text, escaped, its words that are trials as links."""
+
+    def word(found: re.Match[str]) -> str:
+        escaped = html.escape(found[0])
+        known = found[0] in trials
+        return f'<a href="#{prefix}trial-{escaped}">{escaped}</a>' if known else escaped
+
+    return re.sub(r"[^\s;]+", word, text)
 
 
 def _right(column: str) -> str:

@@ -23,6 +23,7 @@ PAIR_COLUMNS = (
     ">at ready, GiB",
     "farthest item",
     "agrees",
+    "trial",
 )
 
 
@@ -41,6 +42,7 @@ def pairs(summary: dict[str, Any]) -> Table:
                 _gib(item(pair, "whole at ready")),
                 _farthest(pair),
                 yes(lookup(pair, "agree")),
+                text(pair, "real_trial"),
             )
         )
         anchors.append(text(pair, "real_trial"))

@@ -228,10 +228,12 @@ def write_run(
     folder.mkdir(parents=True)
     _csv(folder / "trials.csv", COLUMNS, rows)
     _csv(folder / "timeline.csv", TIMELINE_COLUMNS, [e for r in rows for e in events(r)])
+    times = {"decode": "attention_decode_step_ms", "prefill": "attention_prefill_chunk_ms"}
     raw = [
-        {"trial_id": r["trial_id"], "what": "decode", "ms": [r["attention_decode_step_ms"]] * 10}
+        {"trial_id": r["trial_id"], "what": what, "ms": [r[column]] * 10}
         for r in rows
-        if r["attention_decode_step_ms"]
+        for what, column in times.items()
+        if r[column]
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in raw))
     (folder / "summary.json").write_text(json.dumps(SUMMARY if summary is None else summary))

@@ -46,6 +46,13 @@ def wide_bracket(rows, summary, manifest):
         summary["strategies"]["static"][point]["not_ok"] = 5_900_000
 
 
+def bracket_both_ways(rows, summary, manifest):
+    """An end that was ok in one trial and not in its repeat."""
+    end = [r for r in rows if r["purpose"] == "bracket" and r["status"] == "ok"]
+    again = end[0] | {"status": "oom", "oom_phase": "pool", "trial_id": "z" * 12, "repeat": 9}
+    rows.append(ordered(again))
+
+
 def dirty(rows, summary, manifest):
     manifest["git"] = {"commit": "c" * 40, "dirty": True}
 
@@ -131,6 +138,7 @@ FAULTS = {
     unrepeatable_memory: "repeatability",
     bracket_once: "brackets",
     wide_bracket: "brackets",
+    bracket_both_ways: "brackets",
     dirty: "tree",
     speed_in_a_failed_row: "speeds",
     ungated: "gate",
@@ -299,6 +307,9 @@ def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):
     path.write_text("\n".join(lines[1:]) + "\n")
     assert failures(folder) == {"samples"}
     path.write_text("\n".join([lines[0].replace("[", "[999999, 999998, "), *lines[1:]]) + "\n")
+    assert failures(folder) == {"samples"}
+    prefill = next(n for n, line in enumerate(lines) if '"prefill"' in line)
+    path.write_text("\n".join(lines[:prefill] + lines[prefill + 1 :]) + "\n")
     assert failures(folder) == {"samples"}
     path.unlink()
     assert failures(folder) == {"samples"}

@@ -40,7 +40,7 @@ def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, cap
     assert "their ledger events, timings and figures lie in their own folders" in report
     for source in (ten_million.folder, timed.folder):
         assert f"Rows of sweep {source.name}: {len(rows(source))} of the scale model." in report
-    carried = report.split("## Trials that carry each verdict")[1].split("##")[0]
+    carried = report.split("## Trials behind the verdicts")[1].split("##")[0]
     assert all(t in carried for t in told["C2"]["trials"])
     judged = load_run(folder)
     assert judged.of_earlier_runs and not load_run(timed.folder).of_earlier_runs

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from harness.compare import compare, main
-from harness.pairing import bootstrap, pair, ratios, verdict
+from harness.pairing import MEMORY, interval, pair, ratios, student_t, verdict
 from harness.plots_compare import figure_compare
 from harness.runs import frame, load_run
 from tests.harness.run_fixture import cell, sweep, write_run
@@ -88,8 +88,10 @@ def test_few_pairs_decide_no_speed_but_memory():
 
 def test_memory_of_different_scales_is_compared_as_the_modelled_devices():
     found = ratios(pair(frame(sweep(1)), frame(sweep(1, scale=192))))
-    (total,) = [r for r in found if r.metric == "peak_device_bytes" and r.cell == "all cells"]
-    assert total.ratio == pytest.approx(1, abs=0.01)
+    peaks = [r.ratio for r in found if r.metric == "peak_device_bytes"]
+    assert len(peaks) > 3 and peaks == pytest.approx([1] * len(peaks), abs=0.01)
+    pooled = {r.metric for r in found if r.cell == "all cells"}
+    assert DECODE in pooled and not pooled & set(MEMORY)
 
 
 @pytest.mark.parametrize(
@@ -105,11 +107,47 @@ def test_the_gate(low, high, said):
     assert verdict(low, high, 5) == said
 
 
-def test_the_bootstrap_is_seeded_and_covers_the_mean():
-    logs = np.log([1.01, 1.02, 0.99, 1.0, 1.03])
-    assert bootstrap(logs, 1) == bootstrap(logs, 1)
-    low, high = bootstrap(logs)
-    assert low < logs.mean() < high and logs.min() <= low and high <= logs.max()
+@pytest.mark.parametrize(
+    ("freedom", "t"),
+    [
+        (1, 12.7062),
+        (2, 4.3027),
+        (3, 3.1824),
+        (5, 2.5706),
+        (9, 2.2622),
+        (30, 2.0423),
+        (5000, 1.9604),
+    ],
+)
+def test_students_t_is_the_tables(freedom, t):
+    assert student_t(freedom) == pytest.approx(t, abs=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [2, 3, 5, 12])
+def test_the_interval_covers_the_truth_in_95_percent(pairs):
+    """An interval that is too narrow turns noise into a finding."""
+    drawn = np.random.default_rng(pairs).normal(0.01, 0.02, (4000, pairs))
+    ends = np.array([interval(logs) for logs in drawn])
+    covered = ((ends[:, 0] <= 0.01) & (ends[:, 1] >= 0.01)).mean()
+    assert covered == pytest.approx(0.95, abs=0.012)
+
+
+def test_one_pair_has_no_interval_and_equal_pairs_none_to_speak_of():
+    assert interval(np.log([1.1])) == pytest.approx((math.log(1.1),) * 2)
+    assert interval(np.log([1.1] * 3)) == pytest.approx((math.log(1.1),) * 2)
+
+
+def test_a_trial_that_only_fills_is_no_repeat_of_a_timed_one():
+    timed = [cell("paged", 1_000_000, 1.0, repeat=n, kernel_variant="tma") for n in range(2)]
+    fills = [
+        cell("paged", 1_000_000, 1.0, repeat=n, purpose="resident", fill_seconds=0.1)
+        for n in range(2)
+    ]
+    timed = [r | {"fill_seconds": 3.0} for r in timed]
+    found = ratios(pair(frame(timed + fills), frame(timed + fills)))
+    seen = {(r.metric, r.cell): r.pairs for r in found}
+    assert seen["fill_seconds", "1M"] == seen["fill_seconds", "1M, resident trial"] == 2
+    assert not any("variant" in cell_name for _, cell_name in seen)
 
 
 def everything(folder):
@@ -123,7 +161,7 @@ def test_the_command_writes_table_figure_and_csv(tmp_path, capsys, monkeypatch):
         tmp_path / "b",
         rows_with(1.1, repeats=3),
         run_id="second",
-        git={"commit": "d" * 40, "dirty": True, "diff_sha": "1"},
+        git={"commit": "d" * 40, "dirty": True},
     )
     (second / "config.yaml").write_text("model:\n  name: report\nseed: 1\n")
     before = [everything(folder) for folder in (first, second)]
@@ -131,6 +169,7 @@ def test_the_command_writes_table_figure_and_csv(tmp_path, capsys, monkeypatch):
     assert main([str(first), str(second)]) == 0
     said = capsys.readouterr().out
     assert "B higher" in said and "d" * 40 in said and "config.yaml seed" in said
+    assert "diff_sha" not in said and "None" not in said
     assert [everything(folder) for folder in (first, second)] == before
     out = tmp_path / "results" / "runs" / "compare"
     assert sorted(p.suffix for p in out.iterdir()) == [".csv", ".png", ".svg"]

@@ -12,9 +12,9 @@ from harness.check_rules import reconciliation
 from harness.claims import decide
 from harness.columns import TIMELINE_COLUMNS, ordered
 from harness.engines.pairs import brackets_of, pairs_of
-from harness.engines.readme import BEGIN, END, main, placed
 from harness.engines.tables import engine_tables
 from harness.folder import Outcome, RunFolder
+from harness.pages import main
 from harness.plots import figures
 from harness.report import write_report_md
 from harness.run import engine_bracket_ends
@@ -209,25 +209,30 @@ def test_the_report_has_pairs_and_the_page_its_section(run, pairs, tmp_path, cap
     assert list(drawn) == ["real_engines"]
     text = write_report_md(path, rows, events, summary, MANIFEST).read_text()
     assert "## Engines beside their emulations, item by item" in text
+    (path / "figures").mkdir()
+    (path / "figures/real_engines.png").write_bytes(b"")
     page = tmp_path / "README.md"
-    page.write_text("# Title\n\n### Next\n\nrest\n")
-    assert main([str(path), str(page), "--before", "### Next"]) == 0
+    before, after = "# Title\n\n<!-- rows: engines run -->\n", "<!-- rows: end -->\n\nrest\n"
+    page.write_text(f"{before}stale\n{after}")
+    assert main([str(page)]) == 0
     once = page.read_text()
-    assert once.index(BEGIN) < once.index(END) < once.index("### Next")
+    assert once.startswith(before) and once.endswith(after) and "stale" not in once
     assert "In 8 of 8 starts" in once and "With `max_running_requests=16` sglang" in once
     assert "fails at `srt/mem_cache/memory_pool.py:907 _create_buffers`" in once
-    assert "`req_to_token` held 76.33 GiB" in once
-    assert main([str(path), str(page)]) == 0 and page.read_text() == once
+    assert "`req_to_token` held 76.33 GiB" in once and "([`run`](run))" in once
+    assert "](run/figures/real_engines.png)" in once
+    assert main([str(page)]) == 0 and page.read_text() == once
     assert capsys.readouterr().err == ""
 
 
 def test_a_run_without_a_start_makes_no_section(run, tmp_path, capsys):
-    path, _ = whole(run, [], tmp_path / "run")
+    whole(run, [], tmp_path / "run")
     page = tmp_path / "README.md"
-    page.write_text("# Title\n")
-    assert main([str(path), str(page)]) == 2
-    assert "no engine was started" in capsys.readouterr().err
-    assert page.read_text() == "# Title\n"
+    page.write_text(before := "# Title\n<!-- rows: engines run -->\n<!-- rows: end -->\n")
+    assert main([str(page)]) == 2
+    said = capsys.readouterr().err
+    assert "no engine was started" in said and said.count("\n") == 1
+    assert page.read_text() == before
 
 
 def test_pairs_of_a_stranger_are_shown_as_they_can_be():
@@ -235,12 +240,6 @@ def test_pairs_of_a_stranger_are_shown_as_they_can_be():
            "engine_brackets": [{"real": None}]}  # fmt: skip
     assert [len(t.rows) for t in engine_tables(odd)] == [2, 1, 1]
     assert engine_tables({}) == []
-
-
-def test_a_section_goes_where_its_markers_are():
-    made_now = f"{BEGIN}\nnew\n{END}"
-    assert placed(f"a\n{BEGIN}\nold\n{END}\nb\n", made_now) == f"a\n{made_now}\nb\n"
-    assert placed("a\n", made_now) == f"a\n\n{made_now}\n"
 
 
 def test_an_engine_keeps_no_ledger_to_reconcile(run, tmp_path):

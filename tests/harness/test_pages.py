@@ -20,6 +20,13 @@ def test_a_committed_page_says_what_its_rows_say(page: Path):
     assert renewed(page) == page.read_text()
 
 
+def test_the_readme_says_of_every_reference_run_what_the_checks_say():
+    words = next(m["words"] for m in MARKED.finditer((ROOT / "README.md").read_text())
+                 if m["words"].startswith("trust "))  # fmt: skip
+    runs = {p.parent for p in (ROOT / "results/reference").glob("*/trials.csv")}
+    assert {ROOT / folder for folder in words.split()[1:]} == runs
+
+
 def test_a_section_follows_its_rows(tmp_path: Path):
     run = ROOT / "results/reference/h200_report"
     page = tmp_path / "page.md"

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgb
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
 from harness.plots import TITLES, draw_run, figures
+from harness.plots_compare import UNDECIDED
+from harness.plots_engines import ITEMS
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases, stack_of, whole_ledgers
+from harness.plots_scaling import SPLITS
+from harness.plots_sharing import SHARES
 from harness.plots_throughput import figure_throughput
 from harness.runs import RunError, frame
-from harness.series import series
+from harness.series import STRATEGIES, series
 from harness.sizes import GIB
 from tests.harness.run_fixture import SUMMARY, bracket, cell, events, legend, sweep, texts
 
@@ -25,6 +33,54 @@ def test_every_strategy_keeps_its_own_colour_and_marker():
     names = ["static", "paged", "eager_pages", "sglang", "vllm"]
     assert len({style.look(n) for n in names}) == len({style.look(n)[0] for n in names}) == 5
     assert style.look("mine") == style.look("mine")
+
+
+# Machado, Oliveira and Fernandes (2009), severity 1: linear RGB as it is seen with each kind.
+VISIONS = {
+    "normal": ((1, 0, 0), (0, 1, 0), (0, 0, 1)),
+    "protan": ((0.152286, 1.052583, -0.204868), (0.114503, 0.786281, 0.099216),
+               (-0.003882, -0.048116, 1.051998)),
+    "deutan": ((0.367322, 0.860646, -0.227968), (0.280085, 0.672501, 0.047413),
+               (-0.011820, 0.042940, 0.968881)),
+    "tritan": ((1.255528, -0.076749, -0.178779), (-0.078411, 0.930809, 0.147602),
+               (0.004733, 0.691367, 0.303900)),
+}  # fmt: skip
+TO_XYZ = ((0.4124, 0.3576, 0.1805), (0.2126, 0.7152, 0.0722), (0.0193, 0.1192, 0.9505))
+
+
+def seen(colour, vision):
+    """CIELAB of a colour as it is seen."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = np.array(TO_XYZ) @ (np.array(VISIONS[vision]) @ linear).clip(0, 1)
+    x, y, z = (
+        np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in xyz / (0.9505, 1, 1.089)
+    )
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+STRATEGY_COLOURS = [style.look(s)[0] for s in STRATEGIES]
+PALETTES = {
+    "strategies": STRATEGY_COLOURS,
+    "components": [c for n, c in style.COMPONENTS.items() if n != "nccl"],
+    "items": list(ITEMS.values()),
+    "shares": [colour for _, colour in SHARES.values()],
+    "splits": [colour for _, colour, _ in SPLITS.values()],
+}
+
+
+@pytest.mark.parametrize("vision", VISIONS)
+@pytest.mark.parametrize("palette", PALETTES)
+def test_colours_of_a_figure_differ_with_any_kind_of_colour_vision(palette, vision):
+    labs = [seen(colour, vision) for colour in PALETTES[palette]]
+    pairs = list(itertools.combinations(labs, 2))
+    assert min(np.linalg.norm(a - b) for a, b in pairs) > 15, pairs
+
+
+def test_nothing_else_has_a_strategys_colour():
+    for palette in set(PALETTES) - {"strategies"}:
+        assert not set(PALETTES[palette]) & set(STRATEGY_COLOURS), palette
+    assert UNDECIDED not in STRATEGY_COLOURS
 
 
 def test_n_strategies_give_n_curves_even_without_one_ok_point():
@@ -126,7 +182,10 @@ def test_phases_show_what_was_asked_and_what_was_never_reached():
         "static",
         "static",
         "paged",
+        "paged",
     ]
+    titles = [a.get_title(loc="left") for a in figure.axes]
+    assert titles[2:] == ["paged, 10M, fill 10 %", "paged, 10M, fill 100 %: out of memory"]
 
 
 def test_phases_without_a_ledger_show_the_end():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
+from harness import style
 from harness.columns import TIMELINE_COLUMNS
 from harness.plots import OF_A_SWEEP, QUESTIONS, TITLES, draw_run, figures
 from harness.plots_churn import figure_churn, figure_fragmentation
@@ -53,10 +54,21 @@ def test_what_an_engine_asked_for_is_stacked_and_the_failing_item_named():
     assert any("out of memory: kv_pool of 116.0" in t for t in said)
     assert any("refused: 116.0 > " in t for t in said)
     assert "76.00" in said and any("sglang 0.5.12.post1" in t for t in said)
+    assert {axes.get_ylabel() for axes in figure.axes} == {"context, tokens"}
     assert {"sglang", "sglang, max_running_requests=16", "vllm"} <= set(said)
-    assert "req_to_token" in legend(figure) and "CUDA graphs" in legend(figure)
+    assert "request-to-token" in legend(figure) and "CUDA graphs" in legend(figure)
     hatched = [p for p in figure.axes[0].patches if p.get_hatch()]
     assert [p.get_width() for p in hatched] == [116.0, 116.0]
+
+
+def test_a_scale_models_start_is_a_bar_of_its_own_beside_a_devices():
+    real = engine_rows()[0]
+    scaled = real | {"basis": "scale_model", "scale": 192, "trial_id": "scaled"}
+    scaled |= {k: real[k] // 192 for k in ("chunk_bytes", "capacity_bytes", "kv_bytes_per_token")}
+    said = texts(figure_root_cause(frame([real, scaled]), pd.DataFrame()))
+    assert {"sglang, measured", "sglang, scale model"} <= set(said)
+    again = texts(figure_root_cause(frame([real, real | {"repeat": 1}]), pd.DataFrame()))
+    assert "sglang" in again and any("first is drawn" in t for t in again)
 
 
 def test_items_of_a_trial_without_events_come_from_its_row():
@@ -82,6 +94,12 @@ def test_fractions_are_a_curve_for_each_meaning_and_crosses_did_not_start():
         x for line in figure.axes[0].lines if line.get_marker() == "X" for x in line.get_xdata()
     ]
     assert crosses == [0.65, 0.8]
+    colours = {line.get_color() for line in figure.axes[0].lines}
+    others = {style.look(s)[0] for s in ("paged", "eager_pages", "sglang", "vllm")}
+    assert style.look("static")[0] in colours and not colours & others
+    drawn = [y for line in figure.axes[0].lines for y in line.get_ydata()]
+    assert figure.axes[0].get_ylim()[1] > 1.05 * max(drawn)
+    assert "device: 139.3 GiB free" in legend(figure)
 
 
 def test_waste_stands_beside_the_papers_figure():
@@ -124,7 +142,7 @@ def test_churn_draws_committed_and_live_bytes_of_every_arm_over_its_operations()
     ]
     figure = figure_churn(frame(rows), pd.DataFrame(changes))
     titles = [a.get_title(loc="left") for a in figure.axes if a.axison]
-    assert titles == ["static", "paged", "chunk 2MiB", "eager_pages"]
+    assert titles == ["static", "paged", "chunk 2 MiB", "eager_pages"]
     said = texts(figure)
     assert "no ledger events" in said and "no ledger events (crash)" in said
     for axes in figure.axes[1:3]:  # a slow arm is as wide as a fast one
@@ -138,7 +156,7 @@ def test_what_churn_costs_is_a_bar_an_arm_and_metric():
     figure = figure_fragmentation(frame(churn_rows()))
     assert [len(axes.patches) for axes in figure.axes] == [4] * 6
     names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert names == ["static", "paged", "chunk 2MiB", "eager_pages"]
+    assert names == ["static", "paged", "chunk 2 MiB", "eager_pages"]
     said = texts(figure)
     assert said.count("crash") == 6 and said.count("–") == 1 and said.count("8.00") == 1
     assert legend(figure) == ["static", "paged", "eager_pages"]
@@ -298,4 +316,4 @@ def test_what_a_failed_start_gave_back_is_drawn_as_it_was_when_it_failed():
     held = [e for e in held if e["trial_id"] == row["trial_id"]]
     back = [e | {"event_bytes": -e["event_bytes"]} for e in held[:0:-1]]
     found = items_of(frame([row]).iloc[0], frame(held + back, TIMELINE_COLUMNS))
-    assert found == {"weights": 4 * GIB, "req_to_token": 76 * GIB}
+    assert found == {"weights": 4 * GIB, "request-to-token": 76 * GIB}

@@ -8,7 +8,7 @@ from matplotlib.colors import to_hex
 from harness import style
 from harness.plots_remedies import MARKS, figure_remedies
 from harness.remedies import remedies, remedies_table
-from harness.report import report_tables
+from harness.report import report_parts
 from harness.runs import frame
 from tests.harness.run_fixture import SUMMARY, cell, legend, texts
 
@@ -140,7 +140,7 @@ def test_the_table_holds_every_arm_its_points_and_its_price():
     assert lines["default requests"][3:7] == ("–", "–", "–", "OOM at 1M")
     assert lines["weights offloaded"][6:9] == ("13.9", "1M", "0.1")
     assert lines["FP8 KV"][8] == "–"
-    assert table.title in [t.title for t in report_tables(rows(), REMEDIES)]
+    assert table.title in [t.title for t in report_parts(rows(), REMEDIES, "")[0]]
 
 
 def test_other_runs_have_no_such_table():

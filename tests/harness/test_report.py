@@ -7,16 +7,22 @@ import re
 import shutil
 import subprocess
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from harness.report import main, write_report, write_report_md
+from harness import tables
+from harness.report import answer, main, write_report, write_report_md
 from harness.report_html import html_report
-from harness.report_latex import bibtex, headline, letters, macro_lines
+from harness.report_latex import bibtex, headline, letters, macro_lines, write_latex
 from harness.runs import load_run
+from harness.tabular import Table
 from tests.harness.run_fixture import MANIFEST, SUMMARY, cell, sweep, write_run
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+ROOT = Path(__file__).resolve().parents[2]
+REFERENCE = sorted(p.parent for p in (ROOT / "results/reference").glob("*/trials.csv"))
+PDFLATEX = shutil.which("pdflatex")
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser")) if p), None)
 
 
@@ -64,6 +70,42 @@ def test_markdown_shows_answers_tables_figures_and_where_it_came_from(run):
     assert MANIFEST["git"]["commit"] in text and MANIFEST["command"].split()[0] in text
     for row in run.rows.itertuples():
         assert row.trial_id in text
+
+
+@pytest.mark.parametrize("folder", REFERENCE, ids=lambda p: p.name)
+def test_every_number_of_a_reference_run_leads_to_its_rows(folder):
+    run = load_run(folder)
+    known = set(run.rows["trial_id"])
+
+    def trials_in(text):
+        return set(re.findall(r"\b[0-9a-f]{12}\b", text))
+
+    points = tables.oom_points(run.summary, run.rows)
+    for line in points.rows:
+        assert trials_in(line[-1]) and trials_in(line[-1]) <= known, line
+    for line in macro_lines(run):
+        if "summary.json strategies" in line:
+            assert trials_in(line) and trials_in(line) <= known, line
+        assert line.startswith("% ") or re.search(r"\} % \S", line), line
+    for table in (tables.verdict_sources(run.summary), tables.planner(run.rows, each=True)):
+        assert all(trials_in(" ".join(line)) <= known for line in table.rows)
+    text = (folder / "report.md").read_text()
+    assert all(" ".join(line[-1].split()) in text for line in points.rows)
+
+
+def test_each_run_gets_its_own_page_and_the_first_one_those_of_all(run, tmp_path):
+    first, other = (write_run(tmp_path / n, sweep(1), run_id=n) for n in ("first", "other"))
+    assert main([str(first), str(other), "--keep-figures"]) == 0
+    for folder, name in ((first, "first"), (other, "other")):
+        assert (folder / "report.md").read_text().startswith(f"# sweep: {name}\n")
+    assert "sweep: other" in (first / "report.html").read_text()
+    assert not (other / "report.html").exists() and (first / "run.bib").read_text().count("@") == 2
+
+
+def test_many_arms_are_counted_not_told_one_by_one(run):
+    summary = {"strategies": {f"paged, {n}": SUMMARY["strategies"]["paged"] for n in range(9)}}
+    assert answer(run.rows, summary)[0].startswith("9 configurations: ")
+    assert len(answer(run.rows, SUMMARY)) == 3
 
 
 def test_html_loads_nothing_and_every_link_leads_somewhere(run):
@@ -114,8 +156,10 @@ def test_macros_are_letters_and_unique_and_say_where_the_number_stands(run):
         r"\newcommand{\kvStaticStartupOk}{5,800,000} % summary.json strategies.static.startup.ok"
         in lines
     )
-    assert r"\newcommand{\kvClaimCOneVerdict}{conditional} % abc" in lines
+    where = "summary.json claims.C1; trials abc"
+    assert rf"\newcommand{{\kvClaimCOneVerdict}}{{conditional}} % {where}" in lines
     assert letters("eager_pages v2") == "EagerPagesVTwo"
+    assert letters("2.5M") != letters("25M")
 
 
 def test_headline_numbers_of_the_scale_model_are_the_modelled_devices(tmp_path):
@@ -137,7 +181,14 @@ def test_latex_tables_are_balanced_booktabs(run):
 def test_bibtex_names_run_commit_and_date(run):
     text = (run.folder / "run.bib").read_text()
     assert MANIFEST["run_id"] in text and MANIFEST["git"]["commit"] in text
-    assert "date = {2026-11-24}" in text and text.count("{") == text.count("}")
+    assert text.count("{") == text.count("}")
+    fields = dict(re.findall(r"^  (\w+) = \{(.*)\},?$", text, re.M))
+    # All that plain BibTeX's styles print of @misc: nothing is in a field that they drop.
+    assert set(fields) == {"title", "author", "year", "month", "note"}
+    assert (fields["year"], fields["month"]) == ("2026", "11")
+    assert fields["note"].startswith(f"Run of 2026-11-24. Commit {'c' * 40}. Command: ")
+    software = (ROOT / "CITATION.cff").read_text()
+    assert f"name: {fields['author'].strip('{}')}\n" in software
 
 
 def test_the_same_run_gives_the_same_report(run):
@@ -150,6 +201,42 @@ def test_the_same_run_gives_the_same_report(run):
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_long_table_breaks_over_pages_and_long_words_inside_their_column():
+    rows = tuple(
+        (f"a_rather_long_name_of_an_arm={n}, more words", f"{n}", "x " * 40) for n in range(60)
+    )
+    text = Table("Long", ("arm", ">n", "condition"), rows, ("A note.",)).latex("t")
+    assert text.count("{longtable}") == 2 and "\\begin{table}" not in text
+    assert (
+        text.count(r"\toprule") == text.count(r"\midrule") == 2 and text.count(r"\bottomrule") == 1
+    )
+    assert "long\\_\\allowbreak{}name" in text and r"\par\smallskip A note." in text
+    shares = [float(n) for n in re.findall(r"p\{([0-9.]+)\\linewidth\}", text)]
+    assert len(shares) == 2 and sum(shares) < 1
+    short = Table("Short", ("arm", ">n"), (("static", "1"),)).latex("t")
+    assert r"\begin{tabular}{lr}" in short and "allowbreak" not in short
+
+
+@pytest.mark.skipif(PDFLATEX is None, reason="no LaTeX here")
+def test_tex_sets_tables_and_macros_without_an_error_or_a_line_beyond_the_margin(tmp_path):
+    rows = [r | {"strategy": r"a<b> | c\"d $#_^~", "model": "model_" * 5} for r in sweep(1)]
+    rows += [r | {"arm": f"chunk_{n}MiB", "trial_id": f"{n}"} for n, r in enumerate(sweep(4))]
+    claims = [
+        SUMMARY["claims"][0] | {"id": f"C{n}", "condition": "0.5.12.post1 " * 9} for n in range(30)
+    ]
+    folder = write_run(tmp_path / "run", rows, SUMMARY | {"claims": claims})
+    write_latex(folder, [load_run(folder)])
+    (folder / "doc.tex").write_text(
+        r"\documentclass{article}\usepackage{array,booktabs,longtable}\begin{document}"
+        r"\input{numbers}Holds \kvStaticStartupOk.\input{tables}\end{document}"
+    )
+    shell = [PDFLATEX, "-interaction=nonstopmode", "-halt-on-error", "doc.tex"]
+    out = subprocess.run(shell, cwd=folder, capture_output=True, text=True, timeout=60)
+    assert out.returncode == 0, out.stdout[-800:]
+    beyond = [float(n) for n in re.findall(r"Overfull \\hbox \(([0-9.]+)pt", out.stdout)]
+    assert not [n for n in beyond if n > 6] and "Float too large" not in out.stdout, beyond
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")

@@ -87,7 +87,7 @@ def test_an_arm_is_named_by_what_tells_it_from_the_others():
         "paged",
     ]
     small = paged | {"capacity_bytes": 1 << 30}
-    assert named(paged, small)[1] == "paged, capacity 1073741824"
+    assert named(paged, small)[1] == "paged, capacity 1.00 GiB"
     default = paged | {"strategy_options": json.dumps({"max_num_seqs": None})}
     few = paged | {"strategy_options": json.dumps({"max_num_seqs": 16})}
     assert named(default, few) == ["paged, defaults", "paged, max_num_seqs=16"]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import csv
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
-from bench import gate, table, work_append
+from bench import attention, figure, gate, manifest, table, work_append
 from bench.attention import run
 from bench.data import make_view, peer_layout, queries, with_table
 from bench.peers import Peers
 from bench.rows import COLUMNS, Rows
 from bench.timing import Sample, by_graph, by_graphs, summarise
+from harness.hardware import GpuSeen
 from kernels import ops, reference
 from kernels.view import Geometry
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -146,3 +151,78 @@ def test_tables_fill_their_page(tmp_path):
     assert "4.08" not in page.read_text()
     with pytest.raises(ValueError, match="needs the lines"):
         table.insert(tmp_path / "x.csv", "")
+
+
+def test_the_figure_draws_every_timing_of_the_committed_rows():
+    rows = table.read(ROOT / "results/reference/kernels/attention.csv")
+    drawn = [len(axes.patches) for axes in figure.draw(rows).axes]
+    wanted = [figure.bars(rows, *panel[:3]) for panel in figure.PANELS]
+    assert drawn == [sum(map(len, data.values())) for data in wanted] and min(drawn) > 4
+    assert "prefill 2048 x 8 over 10M" in wanted[2]
+    assert set(figure.COLOURS) >= {kernel for data in wanted for f in data.values() for kernel in f}
+
+
+GPU = {"uuid": "GPU-1", "driver": "580.1", "sm_clock_mhz": 1980, "throttle_reasons": "0x0"}
+
+
+def timed(monkeypatch, folder, job):
+    """What ``bench.attention`` leaves of one job."""
+    monkeypatch.setattr(attention, "GROUPS", {"append": lambda *_: [(0, "append a", job)]})
+    attention.main(["--out", str(folder), "--dry-run", "--only", "append"])
+    return json.loads((folder / "manifest.json").read_text())
+
+
+def test_results_have_a_manifest_beside_them(tmp_path, monkeypatch):
+    content = timed(monkeypatch, tmp_path / "out", lambda: None)
+    assert content["argv"] == ["--out", str(tmp_path / "out"), "--dry-run", "--only", "append"]
+    assert content["command"].startswith("python -m bench.attention --out ")
+    assert content["versions"]["torch"] == torch.__version__
+    assert {"triton", "python"} <= set(content["versions"]) and "commit" in content["git"]
+    assert content["gpus"] == [] and content["gpu_uuid"] == "" and content["seeds"] == [0]
+    assert content["peers"]["FA3"] == "absent: RuntimeError: no --peers folder"
+    assert content["started_utc"] <= content["finished_utc"]
+
+
+def test_a_run_that_was_cut_off_has_no_end(tmp_path, monkeypatch):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        timed(monkeypatch, tmp_path / "out", stop)
+    content = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert content["finished_utc"] is None
+    assert manifest.cited(tmp_path / "out/attention.csv")[-1] == "cut off before its end"
+
+
+def test_the_gpu_that_ran_is_named_and_its_clocks_read_twice(tmp_path, monkeypatch):
+    seen = {"git": {"commit": "c" * 40, "dirty": False}, "versions": {}, "environment": {}}
+    monkeypatch.setattr(manifest, "surroundings", lambda: seen | {"gpus": [{"uuid": "0"}, GPU]})
+    monkeypatch.setattr(manifest, "seen_gpu", lambda: GpuSeen("NVIDIA H200", 1, 1, "GPU-1"))
+    content = timed(monkeypatch, tmp_path, lambda: None)
+    assert content["gpu_uuid"] == "GPU-1" and content["gpus_after"][1] == GPU
+    results = tmp_path / "attention.csv"
+    assert manifest.cited(results) == [f"commit `{'c' * 12}`", "driver 580.1", "`GPU-1`"]
+    Rows(results, 10).add(None, None, work="peers", kernel="XQA", gate="absent: no folder")
+    page = tmp_path / "page.md"
+    page.write_text(f"{table.BEGIN}\n{table.END}\n")
+    table.main([str(results), str(page)])
+    assert f"commit `{'c' * 12}`, driver 580.1, `GPU-1`; medians, from `{results}`." in (
+        page.read_text()
+    )
+
+
+def test_a_manifest_of_another_file_is_not_cited(tmp_path):
+    assert manifest.cited(tmp_path / "attention.csv") == []
+    for text in ('{"results": "other.csv"}', "[]", "not json"):
+        (tmp_path / "manifest.json").write_text(text)
+        assert manifest.cited(tmp_path / "attention.csv") == []
+
+
+def test_committed_pages_hold_the_table_of_the_committed_rows(tmp_path):
+    source = "results/reference/kernels/attention.csv"
+    made = table.page(table.read(ROOT / source), source, manifest.cited(ROOT / source))
+    for name in ("README.md", "kernels/README.md"):
+        page = tmp_path / "page.md"
+        page.write_text((ROOT / name).read_text())
+        table.insert(page, made)
+        assert page.read_text() == (ROOT / name).read_text(), name

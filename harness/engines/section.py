@@ -1,57 +1,53 @@
-"""Starts of the engines as a section of a page: ``python -m harness.engines.readme RUN PAGE``.
-
-What lies between two marker lines of the page is replaced; a page without them gets them before the
-heading that ``--before`` names, or at its end::
-
-    <!-- real_engines: begin -->
-    <!-- real_engines: end -->
+"""Starts of the engines as a section of a page (:mod:`harness.pages`).
 
 Every figure comes from the run's summary.json (``pairs``, ``engine_brackets``), none from a hand.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from harness.arguments import OneLineParser
 from harness.engines.tables import brackets, engine_name, flags, item, number, text
 from harness.plots import FIGURES_FOLDER
-from harness.runs import Run, RunError, clean, dicts, load_run, lookup, write_file
+from harness.runs import Run, RunError, clean, dicts, lookup
 from harness.sizes import GIB
 from harness.tabular import EMPTY, Table, markdown_text, tokens
 
-BEGIN, END = "<!-- real_engines: begin -->", "<!-- real_engines: end -->"
-HEADING = "### We started the real engines"
 FIGURE = "real_engines.png"
-LONG_CONTEXT = 10_000_000
 
 
-def section(run: Run, page: Path) -> str:
-    """The section for a page: a sentence, the figure, a table, what fails and what helps.
+def engines(runs: list[Run], folders: list[str]) -> str:
+    """Of each run a sentence, the figure, a table of the starts, what fails and what helps.
+
+    Parameters
+    ----------
+    runs : list of Run
+        Of ``experiment=real_engines``.
+    folders : list of str
+        Their folders as seen from the page.
 
     Raises
     ------
     RunError
-        When no engine was started in the run.
+        When no engine was started in a run.
     """
+    return "\n\n".join(_started(*pair) for pair in zip(runs, folders, strict=True))
+
+
+def _started(run: Run, folder: str) -> str:
     pairs = [p for p in dicts(run.summary, "pairs") if lookup(p, "engine_version")]
     if not pairs:
         raise RunError(f"{run.folder}: no engine was started; allowed: a run of real_engines")
-    folder = os.path.relpath(run.folder, page.resolve().parent)
-    lines = [BEGIN, "", HEADING, "", _sentence(run, pairs, folder)]
+    parts = [_sentence(run, pairs, folder)]
     if (run.folder / FIGURES_FOLDER / FIGURE).is_file():
         alt = "What each engine holds at start-up, itself and emulated"
-        lines += ["", f"![{alt}]({folder}/{FIGURES_FOLDER}/{FIGURE})"]
-    lines += ["", _table(pairs).markdown()]
+        parts.append(f"![{alt}]({folder}/{FIGURES_FOLDER}/{FIGURE})")
+    parts.append(_table(pairs).markdown())
     closed = brackets(run.summary)
     if closed.rows:
-        lines += ["", closed.markdown()]
-    lines += [line for said in (*_failures(pairs), *_helping(pairs)) for line in ("", said)]
-    return "\n".join([*lines, "", END])
+        parts.append(closed.markdown())
+    return "\n\n".join([*parts, *_failures(pairs), *_helping(pairs)])
 
 
 def _sentence(run: Run, pairs: list[dict[str, Any]], folder: str) -> str:
@@ -162,40 +158,3 @@ def _count(value: object) -> str:
 def _gib(value: object) -> str:
     found = number(value)
     return EMPTY if found is None else f"{found / GIB:.2f}"
-
-
-def placed(page: str, made: str, before: str = "") -> str:
-    """The page with the section in it: between its markers, before a heading, or at the end."""
-    start, end = page.find(BEGIN), page.find(END)
-    if 0 <= start < end:
-        return page[:start] + made + page[end + len(END) :]
-    at = page.find(f"\n{before}\n") if before else -1
-    if at < 0:
-        return page.rstrip("\n") + f"\n\n{made}\n"
-    return f"{page[: at + 1]}{made}\n\n{page[at + 1 :]}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the section; 0, or 2 for bad input."""
-    parser = OneLineParser(
-        prog="python -m harness.engines.readme",
-        description="Write what starts of the engines showed into a Markdown page.",
-        epilog="Exit status: 0, or 2 for bad input.",
-    )
-    parser.add_argument("run", metavar="RUN", help="the folder of an experiment=real_engines")
-    parser.add_argument("page", metavar="PAGE", type=Path, help="a Markdown page, README.md say")
-    parser.add_argument("--before", default="", help="a heading's line, for a page without markers")
-    options = parser.parse_args(arguments)
-    try:
-        run = load_run(options.run)
-        page = options.page.read_text(encoding="utf-8")
-        made = section(run, options.page)
-        write_file(options.page, placed(page, made, options.before))
-    except (RunError, OSError) as error:
-        print(f"harness.engines.readme: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
