@@ -142,7 +142,7 @@ def _fill(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
     target = spec.target_tokens
     if pool.slot_tokens:
         token = pool.model.token_bytes
-        if spec.sequences > pool.slots:
+        if spec.growing > pool.slots:
             item = PlanItem("fill", "kv_slot", pool.slot_tokens * token)
             walk.refuse(item, item.nbytes, 0, f"{pool.slots} slots: no slot is free for the next")
         if target > pool.slot_tokens:
@@ -150,7 +150,7 @@ def _fill(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
             item = PlanItem("fill", "kv_pages", (target - pool.slot_tokens) * token)
             text = f"{target} tokens: a slot holds {pool.slot_tokens} tokens"
             walk.refuse(item, target * token, pool.slot_tokens * token, text)
-        walk.resident_tokens = target * spec.sequences
+        walk.resident_tokens = target * spec.growing
         return
 
     def holds(tokens: int, sequences: int) -> bool:
@@ -160,17 +160,17 @@ def _fill(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
             return pool.bytes_of(tokens, sequences, step) <= walk.free_bytes
         return pool.fits(tokens, sequences, step)
 
-    full = max(n for n in range(spec.sequences + 1) if not n or holds(target, n))
-    if full == spec.sequences:
-        walk.resident_tokens = target * spec.sequences
-        _grow(spec, walk, pool, target, spec.sequences)
+    full = max(n for n in range(spec.growing + 1) if not n or holds(target, n))
+    if full == spec.growing:
+        walk.resident_tokens = target * spec.growing
+        _grow(spec, walk, pool, target, spec.growing)
         return
     # What is left after `full` whole sequences goes to the next one, down to a page.
     last = _most(target, lambda tokens: _holds_more(pool, walk, target, full, tokens))
     walk.resident_tokens = target * full + last
     before = walk.free_bytes
     _grow(spec, walk, pool, target, full, last)
-    short = pool.bytes_of(target, spec.sequences) - (walk.kv_bytes if pool.lazy else 0)
+    short = pool.bytes_of(target, spec.growing) - (walk.kv_bytes if pool.lazy else 0)
     item = PlanItem("fill", "kv_pages", max(0, short))
     walk.fail(item, item.nbytes, walk.free_bytes if pool.lazy else min(before, walk.free_bytes))
 
@@ -188,36 +188,88 @@ def _holds_more(pool: _Pool, walk: Walk, target: int, full: int, tokens: int) ->
 
 
 def _grow(spec: PlanSpec, walk: Walk, pool: _Pool, target: int, full: int, last: int = 0) -> None:
-    """Commit what the sequences have grown to, and what a background thread keeps ahead.
+    """Commit what the sequences have grown to, and what the strategy keeps beside it.
 
-    A refusal, which leaves a sequence unfinished, makes the thread give back what it kept. Near
-    the capacity the groups of a hybrid model are served in order. A window's pages, and those of
-    the step that crosses into the next, are counted as if they lay side by side.
+    Most is held at the end, or right before the last window's pages are given back. A refusal,
+    which leaves a sequence unfinished, makes the strategy give back what it kept. Near the capacity
+    the groups of a hybrid model are served in order. A window's pages, and those of the step that
+    crosses into the next, are counted as if they lay side by side.
     """
     if not pool.lazy:
         return
-    peak = end = 0
-    last_step = max(0, target - 1) // STEP_TOKENS * STEP_TOKENS
-    for group in pool.model.groups:
-        page = group.geometry.page_tokens
-        most = full * pool.pages(group, target) + (pool.pages(group, last) if last else 0)
-        left = full * pool.pages_left(group, target, last_step)
-        left += pool.pages_left(group, last, max(0, last - page)) if last else 0
-        peak += -(-max(most, left) // group.pages_per_chunk) * group.chunk_bytes
-        end += -(-left // group.pages_per_chunk) * group.chunk_bytes
-    ahead = _ahead_bytes(spec, walk.free_bytes - peak, pool) if full == spec.sequences else 0
-    walk.free_bytes -= end + ahead
-    walk.held_bytes += peak + ahead
-    walk.kv_bytes = end + ahead
-    walk.items.append(PlanItem("fill", "kv_pages", end + ahead))
+    growth = _Growth(spec, pool, target, full, last)
+    ends, turn = growth.ends, growth.turn
+    if full == spec.growing:
+        free = walk.free_bytes - max(growth.nbytes(ends), growth.nbytes(turn))
+        turn = growth.with_ahead(turn, free)
+        ends = growth.with_kept(ends, turn, free)
+    end = growth.nbytes(ends)
+    walk.free_bytes -= end
+    walk.held_bytes += max(end, growth.nbytes(turn))
+    walk.kv_bytes = end
+    walk.items.append(PlanItem("fill", "kv_pages", end))
 
 
-def _ahead_bytes(spec: PlanSpec, free_bytes: int, pool: _Pool) -> int:
-    if spec.options.get("growth") != "ahead":
-        return 0
-    most, ahead = int(spec.options.get("ahead_chunks", 0)), 0
-    for group, reserve in zip(pool.model.groups, pool.chunks, strict=True):
-        used = -(-spec.sequences * pool.pages(group, spec.target_tokens) // group.pages_per_chunk)
-        fitting = (free_bytes - ahead) // group.chunk_bytes
-        ahead += max(0, min(most, reserve - used, fitting)) * group.chunk_bytes
-    return ahead
+class _Growth:
+    """Chunks of each group when sequences have grown, and right before a window is given back.
+
+    Parameters
+    ----------
+    full : int
+        Sequences that are whole.
+    last : int
+        Tokens of one more, which found no room for the rest.
+    """
+
+    def __init__(self, spec: PlanSpec, pool: _Pool, target: int, full: int, last: int) -> None:
+        self.spec, self.pool, self.groups = spec, pool, pool.model.groups
+        refused = full < spec.growing
+        self._target, self._whole = target, full if refused else full - 1
+        # A step that is refused is halved, down to a page.
+        self._step = min(g.geometry.page_tokens for g in self.groups) if refused else STEP_TOKENS
+        tokens = last if refused else target
+        began = max(0, tokens - 1) // self._step * self._step
+        self.ends = self._chunks(tokens, began)
+        self.turn = self.after_turn = [0] * len(self.groups)
+        for window in (g.window_tokens for g in self.groups if g.window_tokens):
+            if began >= window:
+                at = -(-(began // window * window) // self._step) * self._step
+                self.turn = self._chunks(at, at - self._step)
+                self.after_turn = self._chunks(at + self._step, at)
+
+    def _chunks(self, tokens: int, began: int) -> list[int]:
+        """Of the whole sequences, and of one of ``tokens`` whose last step began at ``began``."""
+        last_step = max(0, self._target - 1) // STEP_TOKENS * STEP_TOKENS
+        pages = [
+            self._whole * self.pool.pages_left(g, self._target, last_step)
+            + self.pool.pages_left(g, tokens, began)
+            for g in self.groups
+        ]
+        return [-(-n // g.pages_per_chunk) for n, g in zip(pages, self.groups, strict=True)]
+
+    def nbytes(self, chunks: list[int]) -> int:
+        return sum(n * g.chunk_bytes for n, g in zip(chunks, self.groups, strict=True))
+
+    def with_kept(self, chunks: list[int], turn: list[int], free_bytes: int) -> list[int]:
+        """With what is mapped ahead, or was not given back, being less than the low-water mark."""
+        options = self.spec.options
+        deferred = options.get("release") == "deferred"
+        low_water = int(options.get("low_water", 0)) // self.spec.scale if deferred else 0
+        kept = [
+            max(held, min(most, left + low_water // group.chunk_bytes))
+            for held, most, left, group in zip(
+                chunks, turn, self.after_turn, self.groups, strict=True
+            )
+        ]
+        return [max(pair) for pair in zip(kept, self.with_ahead(chunks, free_bytes), strict=True)]
+
+    def with_ahead(self, chunks: list[int], free_bytes: int) -> list[int]:
+        """With the chunks that a thread maps ahead while there are some to be had."""
+        options = self.spec.options
+        ahead = int(options.get("ahead_chunks", 0)) if options.get("growth") == "ahead" else 0
+        out = []
+        for held, reserve, group in zip(chunks, self.pool.chunks, self.groups, strict=True):
+            more = max(0, min(ahead, reserve - held, free_bytes // group.chunk_bytes))
+            free_bytes -= more * group.chunk_bytes
+            out.append(held + more)
+        return out

@@ -91,34 +91,37 @@ def _options_that_differ(value: str, every: list[str]) -> str:
 
 
 def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
-    """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it."""
-    known = [(t, a) for t, a in answers if a]
-    ok = max((t for t, a in known if a == "ok"), default=None)
-    above = sorted((t, a) for t, a in known if a != "ok" and (ok is None or t > ok))
-    if not known:
-        return {"ok": None, "not_ok": None, "limited_by": ""}
-    if not above:
-        return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
-    return {"ok": ok, "not_ok": above[0][0], "limited_by": above[0][1]}
+    """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it.
+
+    ``limited_by`` is ``""`` where it is unknown: nothing above found memory too small, but not
+    everything there had an answer (``""``), since a trial died.
+    """
+    every = list(answers)
+    ok = max((t for t, a in every if a == "ok"), default=None)
+    above = sorted((t, a) for t, a in every if a != "ok" and (ok is None or t > ok))
+    refused = [(t, a) for t, a in above if a]
+    if refused:
+        return {"ok": ok, "not_ok": refused[0][0], "limited_by": refused[0][1]}
+    ended = "" if above or ok is None else "sweep_end"
+    return {"ok": ok, "not_ok": None, "limited_by": ended}
 
 
 def resident(rows: list[Row], startup: Bracket) -> Bracket:
     """Tokens that one sequence really held, and where holding more failed.
 
     A refused fill gives both ends: pages (an engine's blocks) are added one by one until one more
-    is refused. When
-    start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
+    is refused. When start-up itself is what fails above (a static pool), its bracket is the
+    answer's upper end; when a trial died on the way further, what ends it is unknown.
     """
-    filled = [
+    asked = [
         r
         for r in rows
-        if r.get("resident_tokens") is not None
-        and r.get("workload_steps") is None
-        and r["sequences"] == 1
-        and started(r) == "ok"
+        if r.get("workload_steps") is None
+        and (r["sequences"] == 1 or r["purpose"] == "resident")
         and float(r["fill"]) > 0
         and r["purpose"] != "bracket"
     ]
+    filled = [r for r in asked if r.get("resident_tokens") is not None and started(r) == "ok"]
     if not filled:
         return {"ok": None, "not_ok": None, "limited_by": ""}
     ok = max(held_tokens(r) for r in filled)
@@ -130,7 +133,9 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
         return {"ok": ok, "not_ok": ok + more, "limited_by": best["status"]}
     if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
-    return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
+    died = [r for r in asked if not started(r)]
+    lost = any(int(r["context_tokens"]) * float(r["fill"]) > ok for r in died)
+    return {"ok": ok, "not_ok": None, "limited_by": "" if lost else "sweep_end"}
 
 
 def strategy_summary(rows: list[Row]) -> dict[str, Any]:

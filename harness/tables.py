@@ -29,6 +29,7 @@ ENDINGS = {
     "oom": "out of memory",
     "refused": "refused by the strategy's own rule",
     "sweep_end": "end of the sweep, no failure",
+    "": "unknown, since a trial died",
 }
 
 
@@ -178,14 +179,14 @@ def oom_points(summary: dict[str, Any]) -> Table:
             bracket = lookup(one, key)
             if not bracket or (lookup(bracket, "ok") is None and not lookup(bracket, "not_ok")):
                 continue
-            ended = clean(lookup(bracket, "limited_by", default=""))
+            ended = clean(lookup(bracket, "limited_by", default=EMPTY))
             lines.append(
                 (
                     name,
                     text,
                     count(lookup(bracket, "ok")),
                     count(lookup(bracket, "not_ok")),
-                    ENDINGS.get(ended, ended or EMPTY),
+                    ENDINGS.get(ended, ended),
                 )
             )
     columns = ("strategy", "point", ">largest ok", ">smallest not ok", "ended by")
