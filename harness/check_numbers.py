@@ -7,10 +7,19 @@ from typing import Any
 
 import pandas as pd
 
-from harness.check_rules import Result, arms_of, failed, named, not_applicable, passed
+from harness.check_rules import (
+    Result,
+    arms_of,
+    as_written,
+    failed,
+    named,
+    not_applicable,
+    passed,
+)
 from harness.columns import COLUMNS
 from harness.runs import Run, RunError, lookup, trials
 from harness.series import is_scale_model
+from harness.summary import admitted, started
 from harness.tabular import known, tokens
 
 TIMES = ("attention_decode_step_ms", "attention_prefill_chunk_ms")
@@ -76,22 +85,28 @@ def grain_bytes(rows: pd.DataFrame) -> pd.Series:
 
 
 def brackets(run: Run) -> Result:
-    """Check that both ends of every start-up and admit bracket ran twice, and that it is closed."""
+    """Check that start-up and admit brackets are closed, and both ends ran twice with one answer.
+
+    Repeats of an end are the same trial: where they differ the bracket does not hold.
+    """
     faults, seen = [], 0
     every = trials(run.rows)
     for name, own in arms_of(every).items():
         if not (own["purpose"] == "bracket").any():
             continue
         one = lookup(run.summary, "strategies", name)
-        for point in ("startup", "admit"):
+        for point, answer in (("startup", started), ("admit", admitted)):
             ok, bad = lookup(one, point, "ok"), lookup(one, point, "not_ok")
             if not isinstance(ok, (int, float)) or not isinstance(bad, (int, float)):
                 continue
             seen += 1
             for end in (ok, bad):
-                times = int((own["context_tokens"] == end).sum())
-                if times < 2:
-                    faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
+                at_end = as_written(own[own["context_tokens"] == end])
+                said = [answer(row) for row in at_end]
+                if len(said) < 2:
+                    faults.append(f"{name} {point}: {tokens(end)} ran {len(said)} times")
+                elif len(set(said) - {""}) > 1:
+                    faults.append(f"{name} {point}: {tokens(end)} ended in {' and in '.join(said)}")
             chunk = (grain_bytes(own) / own["kv_bytes_per_token"]).max()
             width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
             if bad - ok > width:
@@ -100,7 +115,7 @@ def brackets(run: Run) -> Result:
         return failed("; ".join(faults[:3]))
     if not seen:
         return not_applicable("no bracket with two ends")
-    return passed(f"{seen} brackets closed, both ends ran twice")
+    return passed(f"{seen} brackets closed, both ends ran twice and agree")
 
 
 def samples(run: Run) -> Result:

@@ -102,11 +102,13 @@ def schema(run: Run) -> Result:
 
 def arms_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each arm by the name that summary.json gives it."""
-    records = [
-        {k: _plain(v) for k, v in row.items()} | {"_at": at}
-        for at, row in zip(rows.index, rows.to_dict("records"), strict=True)
-    ]
+    records = [row | {"_at": at} for at, row in zip(rows.index, as_written(rows), strict=True)]
     return {name: rows.loc[[r["_at"] for r in own]] for name, own in arms(records).items()}
+
+
+def as_written(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return rows as a run writes them, for rules that are the run's own."""
+    return [{k: _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
