@@ -89,13 +89,8 @@ class Filler:
             self.growth.seconds += time.perf_counter() - began
 
     def _extend(self, sequence: int, tokens: int) -> None:
-        began = time.perf_counter()
-        committed = self.strategy.extend(sequence, tokens)
-        seconds = time.perf_counter() - began
+        self._pending_seconds += self.growth.extend(self.strategy, sequence, tokens)
         self.ledger.resident_tokens += tokens
-        if committed > 0:
-            self.growth.add(committed, seconds)
-            self._pending_seconds += seconds
 
     def _grew(self) -> bool:
         """Whether more is committed than at any reading so far, by what a peak may miss."""

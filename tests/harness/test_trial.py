@@ -182,6 +182,21 @@ def test_what_is_kept_behind_a_window_is_as_planned(window, context, low_water, 
     assert off <= ahead + 0.005 * row["peak_device_bytes"]
 
 
+@pytest.mark.parametrize("chunk", ["2MiB", "64MiB"])
+def test_growth_mapped_ahead_has_the_events_of_synchronous_growth(chunk):
+    rows = []
+    for growth in ("sync", "ahead"):
+        words = ("strategy=paged", f"strategy.growth={growth}", f"trial.chunk_target={chunk}")
+        own = made(*words, "context=300K", "hardware.capacity=12GiB")
+        (row,), _ = run(Cell(own, own.context_tokens, timing=False))
+        rows.append(row)
+    sync, ahead = rows
+    held = -(-300_000 * 128 // sync["chunk_bytes"])
+    steps = -(-300_000 // STEP_TOKENS)
+    assert sync["grow_events"] == ahead["grow_events"] == min(held, steps) >= 100
+    assert all(r["grow_stall_us_p99"] >= r["grow_stall_us_p50"] > 0 for r in rows)
+
+
 @pytest.mark.parametrize("strategy", ["static", "paged", "eager_pages"])
 def test_a_resident_cell_fills_one_sequence_of_several(strategy):
     words = (f"strategy={strategy}", "context=1M", "workload.sequences=3", "hardware.capacity=9GiB")
