@@ -13,7 +13,6 @@ that steps in which nothing happens cost nothing. Tokens are accounted, not writ
 from __future__ import annotations
 
 import heapq
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -272,10 +271,7 @@ class Batch:
 
     def _extend(self, run: Running, tokens: int) -> None:
         """Ask the strategy for room; raises what it raises, and then nothing has changed."""
-        began = time.perf_counter()
-        committed = self.strategy.extend(run.index, tokens)
-        if committed > 0:
-            self.growth.add(committed, time.perf_counter() - began)
+        self.growth.extend(self.strategy, run.index, tokens)
         self._count(run, -1)
         run.told_tokens += tokens
         run.room_tokens = self.strategy.room_tokens(run.index)

@@ -99,7 +99,7 @@ def brackets(run: Run) -> Result:
                 times = int((own["context_tokens"] == end).sum())
                 if times < 2:
                     faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
-                if sources.end(name, point, end, end != ok):
+                elif sources.end(name, point, end, end != ok):
                     faults.append(f"{name} {point}: {tokens(end)} ended both ways")
             chunk = (grain_bytes(own) / own["kv_bytes_per_token"]).max()
             width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
@@ -109,7 +109,7 @@ def brackets(run: Run) -> Result:
         return failed("; ".join(faults[:3]))
     if not seen:
         return not_applicable("no bracket with two ends")
-    return passed(f"{seen} brackets closed, both ends ran twice")
+    return passed(f"{seen} brackets closed, both ends ran twice and agree")
 
 
 def samples(run: Run) -> Result:

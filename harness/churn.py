@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -154,15 +153,11 @@ class Churn:
 
     def _extend(self, sequence: int, tokens: int) -> None:
         """Grow; a sequence that finds no memory ends there."""
-        began = time.perf_counter()
         try:
-            committed = self.strategy.extend(sequence, tokens)
+            self.growth.extend(self.strategy, sequence, tokens)
         except (OutOfMemory, Refused):
             self.cut_short += 1
             self._close(sequence)
-            return
-        if committed > 0:
-            self.growth.add(committed, time.perf_counter() - began)
 
     def _close_one(self) -> None:
         if self.totals:

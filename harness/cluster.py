@@ -23,7 +23,14 @@ from harness import provenance
 from harness.arms import settings_of_command
 from harness.compose import compose_config, conf_dir
 from harness.earlier import read_runs, without
-from harness.folder import FolderError, Outcome, RunFolder, find_or_create, write_atomic
+from harness.folder import (
+    FolderError,
+    Outcome,
+    RunFolder,
+    find_or_create,
+    read_manifest,
+    write_atomic,
+)
 from harness.hardware import Hardware
 from harness.lock import Busy, device_lock
 from harness.ranks_relay import devices_here
@@ -109,22 +116,14 @@ def _job(folder: Path, index: int) -> Path:
     return folder / "jobs" / str(index)
 
 
-def _manifest(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return {}
-    return loaded if isinstance(loaded, dict) else {}
-
-
 def _finished(path: Path) -> bool:
-    return bool(_manifest(path).get("finished_utc"))
+    return bool(read_manifest(path).get("finished_utc"))
 
 
 def _manifests(folder: Path, count: int) -> list[dict[str, Any]]:
     """What each job says of the machine it ran on."""
     keep = ("started_utc", "finished_utc", "hardware", "gpus", "gpus_after", "versions", "host")
-    found = [_manifest(_job(folder, i)) for i in range(count)]
+    found = [read_manifest(_job(folder, i)) for i in range(count)]
     return [{k: m[k] for k in keep if k in m} for m in found]
 
 

@@ -32,8 +32,11 @@ TIME = (
     "prefill_chunk_tokens attention_prefill_chunk_ms attention_prefill_tokens_per_second "
     "attention_prefill_flops_per_second wall_seconds"
 ).split()
+# A growth event (`grow_*`) is an extension into chunks that no sequence used before, whoever mapped
+# them (harness.growth).
 # Ours beside the contract: what a trial was for, its options, its samples and how it differs from
-# the plan. `purpose` is point, bracket or resident; `admitted` says what can_admit(context) said.
+# the plan. `purpose` is point, bracket or resident (one sequence is filled, of however many);
+# `admitted` says what can_admit(context) said.
 EXTRA = (
     "purpose hybrid read_weights strategy_options growth release admitted decode_samples "
     "prefill_samples gate_lse_error kv_scales prefill_kernel_variant prefill_modelled_seconds "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -52,13 +53,17 @@ def has_columns(path: Path, columns: Sequence[str]) -> bool:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Whole rows only: one that a kill cut off has too few fields, or no end."""
+    """Whole rows only: one that a kill cut off, or a crash of the machine damaged, is left out.
+
+    Such a row has too few fields, no end, or no number where there should be one.
+    """
     header, *lines = _lines(path) or [[]]
-    return [
-        {c: parse_field(c, v) for c, v in zip(header, line, strict=True)}
-        for line in lines
-        if len(line) == len(header)
-    ]
+    found = []
+    for line in lines:
+        if len(line) == len(header):
+            with contextlib.suppress(ValueError):
+                found.append({c: parse_field(c, v) for c, v in zip(header, line, strict=True)})
+    return found
 
 
 def parse_field(column: str, text: str) -> object:

@@ -15,6 +15,7 @@ from strategies.strategy import Strategy
 
 STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
 EVENTS_PER_FILL = 100
+PEAK_SHARE = 0.005  # by which memory may have grown since it was last read, when some is given back
 
 
 def uncounted_bytes(strategy: Strategy, ledger: Ledger) -> int:
@@ -33,6 +34,8 @@ class Filler:
         None touches pages without writing tokens (bracket trials).
     grain_tokens : int
         The smallest step: what the strategy hands out at once.
+    windows : sequence of int
+        Tokens of the windows behind which pages are given back: memory is read before that.
     """
 
     strategy: Strategy
@@ -41,8 +44,9 @@ class Filler:
     contents: Sequence[Content] | None
     check: Callable[[int], None] = lambda tokens: None  # may end the fill: another rank failed
     growth: Growth = field(default_factory=Growth)
-    _pending_bytes: int = 0
+    windows: Sequence[int] = ()
     _pending_seconds: float = 0.0
+    _reported_bytes: int = 0
 
     def fill(self, sequence: int, target_tokens: int) -> None:
         """Extend to ``target_tokens`` resident tokens.
@@ -56,10 +60,13 @@ class Filler:
         step = STEP_TOKENS
         grain = self.grain_tokens
         report_every = max(BANK_TOKENS, target_tokens // EVENTS_PER_FILL)
-        written = reported = self.strategy.resident_tokens(sequence)
+        written = reported = before = self.strategy.resident_tokens(sequence)
         try:
             while (at := self.strategy.resident_tokens(sequence)) < target_tokens:
                 self.check(self.ledger.resident_tokens)
+                if any(at // w > before // w for w in self.windows) and self._grew():
+                    self._report()
+                before = at
                 want = min(step - at % grain, target_tokens - at)
                 try:
                     self._extend(sequence, want)
@@ -82,19 +89,21 @@ class Filler:
             self.growth.seconds += time.perf_counter() - began
 
     def _extend(self, sequence: int, tokens: int) -> None:
-        began = time.perf_counter()
-        committed = self.strategy.extend(sequence, tokens)
-        seconds = time.perf_counter() - began
+        self._pending_seconds += self.growth.extend(self.strategy, sequence, tokens)
         self.ledger.resident_tokens += tokens
-        if committed > 0:
-            self.growth.add(committed, seconds)
-            self._pending_seconds += seconds
+
+    def _grew(self) -> bool:
+        """Whether more is committed than at any reading so far, by what a peak may miss."""
+        committed = self.strategy.footprint().committed_bytes
+        return committed > self._reported_bytes * (1 + PEAK_SHARE)
 
     def _report(self) -> None:
         """One ledger event for what was committed since the last one, in the background too."""
         self.strategy.settle()  # or the meters would see chunks that the ledger does not yet
         nbytes = uncounted_bytes(self.strategy, self.ledger)
         if nbytes:
+            committed = self.strategy.footprint().committed_bytes
+            self._reported_bytes = max(self._reported_bytes, committed)
             self.ledger.event("fill", "kv_pages", nbytes, self._pending_seconds)
             self._pending_seconds = 0.0
 

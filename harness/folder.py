@@ -7,9 +7,11 @@ kill leaves behind of them without a row is dropped at the next start.
 from __future__ import annotations
 
 import contextlib
+import csv
 import fcntl
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,10 @@ from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
 from harness.csv_table import append_rows, has_columns, read_rows, rewrite_rows
 from harness.ranks_summary import complete
 from harness.rows import Row
+from harness.safe_text import read_text
+from harness.sizes import BadValue
 
+MAX_MANIFEST_BYTES = 64 << 20
 # Endings whose output is kept beside the rows, for whoever wants to know why.
 LOGGED = ("crash", "timeout", "oom_host")
 
@@ -68,28 +73,46 @@ def find_or_create(results: Path, experiment: str, config_hash: str) -> tuple[Ru
 
 def _resumed(path: Path, config_hash: str) -> RunFolder | None:
     """An unfinished run of this configuration, mended; None when it is not one that we may take."""
-    if not _is_unfinished(path, config_hash):
+    if not _is_plain(path) or not _is_unfinished(path, config_hash):
         return None
     try:
         folder = RunFolder(path)
-    except (BlockingIOError, PermissionError):  # another harness, or another user, has it
+    except OSError:  # another harness, or another user, has it
         return None
-    # It may have ended between the look and the lock; other columns are another version's.
-    if not _is_unfinished(path, config_hash) or not folder.recover():
-        folder.close()
-        return None
-    return folder
+    try:
+        # It may have ended between the look and the lock; other columns are another version's.
+        if _is_unfinished(path, config_hash) and folder.recover():
+            return folder
+    except (csv.Error, IsADirectoryError):  # no table of ours
+        pass
+    folder.close()
+    return None
+
+
+def _is_plain(path: Path) -> bool:
+    """Whether it is a folder of plain files and folders: writing there follows no link out of it.
+
+    What is neither, such as a pipe, would be waited for.
+    """
+    if path.is_symlink() or not path.is_dir():
+        return False
+    with os.scandir(path) as entries:
+        return all(
+            e.is_file(follow_symlinks=False) or e.is_dir(follow_symlinks=False) for e in entries
+        )
 
 
 def _is_unfinished(path: Path, config_hash: str) -> bool:
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     return manifest.get("config_hash") == config_hash and not manifest.get("finished_utc")
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """A run's manifest.json as data; empty where there is no plain file with a JSON object."""
+    name = "manifest.json"
     try:
-        loaded = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        loaded = json.loads(read_text(path / name, name, MAX_MANIFEST_BYTES))
+    except (BadValue, OSError, ValueError, RecursionError):
         return {}
     return loaded if isinstance(loaded, dict) else {}
 
@@ -138,7 +161,7 @@ class RunFolder:
 
     def manifest(self) -> dict[str, Any]:
         """The manifest as it stands."""
-        return _read_manifest(self.path)
+        return read_manifest(self.path)
 
     def write_json(self, name: str, data: dict[str, Any]) -> None:
         """Replace a JSON file of the folder."""
@@ -177,7 +200,7 @@ class RunFolder:
             raise FolderError(f"{self.path}: cannot be written ({error.strerror})") from None
 
     def recover(self) -> bool:
-        """Drop half lines, and timeline and samples of trials that have no row.
+        """Drop half lines, timeline and samples of trials without a row, and half-written files.
 
         False, and nothing is touched, when the tables have other columns than this version's.
         """
@@ -185,6 +208,9 @@ class RunFolder:
         if not (has_columns(trials, COLUMNS) and has_columns(timeline, TIMELINE_COLUMNS)):
             return False
         shutil.rmtree(self.scratch, ignore_errors=True)
+        for left in self.path.glob(".*"):
+            if re.fullmatch(r"\..+\.(\d+|new)", left.name):  # was to replace another file
+                left.unlink()
         self.rows = complete(read_rows(trials))
         done = {str(r["trial_id"]) for r in self.rows}
         rewrite_rows(trials, COLUMNS, self.rows)
@@ -204,7 +230,7 @@ def _json(data: dict[str, Any]) -> str:
 def _sample_of(line: str) -> str:
     try:
         return str(json.loads(line)["trial_id"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return ""
 
 

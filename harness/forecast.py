@@ -66,9 +66,13 @@ def predict_cell(cell: Cell) -> Prediction:
     settings, fill = cell.settings, cell.fill
     if cell.purpose == "bracket" or settings.accounts_only:
         fill = 0.0
-    elif settings.workload["kind"] == "batch":  # as if all were of their mean length
+    elif (
+        settings.workload["kind"] == "batch" and cell.purpose == "point"
+    ):  # as if all were of their mean length
         fill = filled_tokens(cell) / (cell.context_tokens * settings.sequences)
     spec = plan_spec(settings, cell.context_tokens, fill, cell.context_index)
+    if cell.purpose == "resident":
+        spec = dataclasses.replace(spec, filled_sequences=1)
     if cell.purpose != "bracket":
         return predict(spec)
     # No sequence is opened: nothing is committed ahead of one, and none is refused.

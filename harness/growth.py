@@ -1,23 +1,45 @@
-"""What growing cost: the events that committed memory, their bytes, and how long each stalled."""
+"""What growing cost: the steps into new chunks, their bytes, and how long each stalled."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from strategies.strategy import Strategy
 
 
 @dataclass
 class Growth:
-    """``seconds`` is the whole fill, writing included; a stall is one growing ``extend``."""
+    """Stalls of a workload.
+
+    An event is an ``extend`` into chunks that no sequence used before, whether it mapped them,
+    waited for the thread that did, or found them ready: so that growth variants are compared over
+    the same steps. ``seconds`` is the whole fill, writing included.
+    """
 
     seconds: float = 0.0
     bytes: int = 0
     stalls_us: list[float] = field(default_factory=list)
 
-    def add(self, nbytes: int, seconds: float) -> None:
-        """An ``extend`` that committed ``nbytes``."""
-        self.bytes += nbytes
+    def extend(self, strategy: Strategy, sequence: int, tokens: int) -> float:
+        """Make room for ``tokens`` more tokens; returns the seconds of it, 0 where nothing grew.
+
+        Raises
+        ------
+        OutOfMemory, Refused
+            As the strategy does; no event then.
+        """
+        before = strategy.grown_bytes
+        began = time.perf_counter()
+        strategy.extend(sequence, tokens)
+        seconds = time.perf_counter() - began
+        grown = strategy.grown_bytes - before
+        if not grown:
+            return 0.0
+        self.bytes += grown
         self.stalls_us.append(seconds * 1e6)
+        return seconds
 
     def columns(self) -> dict[str, Any]:
         """``fill_seconds`` and ``grow_*`` of a row."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from harness.cell import Cell
 from harness.folder import FolderError, Outcome
+from harness.lock import Busy
 from harness.oom_killer import oom_kills
 from harness.rows import Row, identity
 from harness.sizes import printable
@@ -60,7 +61,9 @@ def run_job(
     Raises
     ------
     FolderError
-        When the scratch folder cannot be written.
+        When the scratch folder cannot be written, or is taken away.
+    Busy
+        When the trial's process cannot be ended.
     """
     if job.cells[0].real:
         from harness.engines.launch import run_engine
@@ -80,8 +83,11 @@ def run_job(
     process = (spares.take(spec) if spares else None) or _started(spec, log)
     if spares:
         spares.prepare(child_environment())
-    timed_out = _wait(process, job, records, on_record, began)
-    return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
+    try:
+        timed_out = _wait(process, job, records, on_record, began)
+        return _outcome(job, process.returncode, timed_out, records, log, time.monotonic() - began)
+    except OSError as error:
+        raise FolderError(f"{scratch}: cannot be read ({error.strerror})") from None
 
 
 def _started(spec: Path, log: Path) -> subprocess.Popen[bytes]:
@@ -165,12 +171,23 @@ def _follow(records: Path, position: int, on_record: Callable[[Row], None] | Non
 
 
 def kill_trial(process: subprocess.Popen[bytes]) -> None:
-    """End the trial and every process that it started."""
+    """End the trial and every process that it started.
+
+    Raises
+    ------
+    Busy
+        It does not end: whatever came next would be measured beside it.
+    """
     try:
         os.killpg(process.pid, signal.SIGKILL)
+        process.wait(KILL_GRACE_SECONDS)
     except ProcessLookupError:
         return
-    process.wait(KILL_GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise Busy(
+            f"process {process.pid} of a trial was killed {KILL_GRACE_SECONDS:g} s ago and has not "
+            "ended; the same command resumes this run once it is gone"
+        ) from None
 
 
 def _outcome(

@@ -32,8 +32,13 @@ def batch_lengths(cell: Cell) -> list[int]:
 
 
 def targets(cell: Cell) -> list[int]:
-    """Tokens of each sequence that are to be resident on the cell's rank."""
+    """Tokens of each sequence that are to be resident on the cell's rank.
+
+    A ``resident`` cell asks how far one sequence grows.
+    """
     settings = cell.settings
+    if cell.purpose == "resident":
+        return [cell.target_tokens]
     if settings.workload["kind"] != "batch":
         return [cell.target_tokens] * settings.sequences
     return [settings.local_tokens(n, cell.context_index) for n in batch_lengths(cell)]
@@ -42,6 +47,8 @@ def targets(cell: Cell) -> list[int]:
 def filled_tokens(cell: Cell) -> int:
     """Tokens of all sequences that are to be resident over all ranks."""
     settings = cell.settings
+    if cell.purpose == "resident":
+        return cell.filled_tokens
     if settings.workload["kind"] != "batch":
         return cell.filled_tokens * settings.sequences
     return sum(batch_lengths(cell))

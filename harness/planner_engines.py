@@ -115,7 +115,7 @@ def _refuse(walk: Walk, plan: EnginePlan, scale: int) -> None:
 
 def _fill(spec: PlanSpec, walk: Walk, plan: EnginePlan, model: EngineModel) -> None:
     """Fill by index accounting: the pool is there already."""
-    target, sequences = spec.target_tokens, spec.sequences
+    target, sequences = spec.target_tokens, spec.growing
     token = max(1, model.token_bytes // spec.scale)
     if sequences > plan.request_limit:
         item = PlanItem("fill", "requests", 0)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from harness.fill import STEP_TOKENS
+from harness.planner_fill import Pool, fill, most
 from harness.planner_spec import PlanItem, PlanSpec, Prediction
 from harness.planner_walk import Ended, Walk
 from strategies import sizing
-from strategies.model import KVModel, LayerGroup
 
 
 def predict_pool_strategy(spec: PlanSpec) -> Prediction:
@@ -17,7 +14,7 @@ def predict_pool_strategy(spec: PlanSpec) -> Prediction:
     if model is None:
         raise ValueError(f"strategy={spec.strategy}: needs a KVModel")
     walk = Walk(spec)
-    pool = _Pool(model)
+    pool = Pool(model)
     try:
         walk.before_strategy()
         table = sizing.page_table_bytes(model, spec.context_tokens, spec.sequences)
@@ -28,7 +25,7 @@ def predict_pool_strategy(spec: PlanSpec) -> Prediction:
         ](spec, walk, pool)
         walk.after_strategy()
         pool.admits = pool.admitted(spec, walk)
-        _fill(spec, walk, pool)
+        fill(spec, walk, pool)
     except Ended:
         pass
     return walk.prediction(
@@ -38,48 +35,7 @@ def predict_pool_strategy(spec: PlanSpec) -> Prediction:
     )
 
 
-class _Pool:
-    """What a started strategy can hold."""
-
-    def __init__(self, model: KVModel) -> None:
-        self.model = model
-        self.chunks: tuple[int, ...] = ()
-        self.slot_tokens = 0  # static: of one slot
-        self.slots = 0
-        self.lazy = False
-        self.tokens = 0  # of one sequence
-        self.admits = False
-
-    def pages(self, group: LayerGroup, tokens: int, step: int = 0) -> int:
-        return group.pages(sizing.window_tokens(group, tokens, step))
-
-    def pages_left(self, group: LayerGroup, tokens: int, last_step: int) -> int:
-        """Pages of a sequence whose last step began at ``last_step``: those that it could see."""
-        return group.pages(tokens) - group.window_start(last_step + 1) // group.geometry.page_tokens
-
-    def fits(self, tokens: int, sequences: int, step: int = 0) -> bool:
-        """Whether committed (or reserved) chunks have the pages for it."""
-        return all(
-            sequences * self.pages(g, tokens, step) <= c * g.pages_per_chunk
-            for g, c in zip(self.model.groups, self.chunks, strict=True)
-        )
-
-    def bytes_of(self, tokens: int, sequences: int, step: int = 0) -> int:
-        """Bytes of the chunks behind ``sequences`` sequences of ``tokens`` tokens."""
-        return sum(
-            sizing.pool_chunks(g, sizing.window_tokens(g, tokens, step), sequences) * g.chunk_bytes
-            for g in self.model.groups
-        )
-
-    def admitted(self, spec: PlanSpec, walk: Walk) -> bool:
-        if self.slot_tokens:
-            return spec.context_tokens <= self.slot_tokens and self.slots > 0
-        if self.lazy:
-            return self.bytes_of(spec.context_tokens, 1) <= walk.free_bytes
-        return self.fits(spec.context_tokens, 1)
-
-
-def _commit(walk: Walk, pool: _Pool) -> None:
+def _commit(walk: Walk, pool: Pool) -> None:
     nbytes = sum(c * g.chunk_bytes for g, c in zip(pool.model.groups, pool.chunks, strict=True))
     item = PlanItem("pool", "kv_pool", nbytes, shape=f"{sum(pool.chunks)} chunks")
     if nbytes > walk.free_bytes:  # all or nothing, in chunks: no rounding
@@ -90,7 +46,7 @@ def _commit(walk: Walk, pool: _Pool) -> None:
     walk.items.append(item)
 
 
-def _start_static(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
+def _start_static(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
     model, fraction = pool.model, spec.options.get("mem_fraction", 1.0)
     slots = spec.sequences
     if spec.options.get("mem_fraction_of", "context") == "context":
@@ -111,7 +67,7 @@ def _start_static(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
     _commit(walk, pool)
 
 
-def _start_paged(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
+def _start_paged(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
     pool.lazy = True
     pool.chunks = tuple(
         sizing.paged_reserve_chunks(g, spec.context_tokens, spec.sequences, spec.capacity_bytes)
@@ -121,7 +77,7 @@ def _start_paged(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
     pool.tokens = sizing.paged_resident_tokens(pool.model, free, spec.context_tokens)
 
 
-def _start_eager(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
+def _start_eager(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
     fraction = spec.options.get("mem_fraction", 1.0)
     budget = sizing.budget_bytes(walk.free_bytes, fraction, spec.workspace_bytes)
     pool.chunks = sizing.eager_pool_chunks(pool.model, budget, spec.context_tokens, spec.sequences)
@@ -130,94 +86,4 @@ def _start_eager(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
         text = f"mem_fraction={fraction}: leaves no room for a chunk of every group"
         walk.refuse(item, item.nbytes, budget, text)
     _commit(walk, pool)
-    pool.tokens = _most(spec.context_tokens, lambda tokens: pool.fits(tokens, 1))
-
-
-def _most(limit: int, fits: Callable[[int], bool]) -> int:
-    return sizing.most_tokens(0, lambda tokens: 0 if fits(tokens) else 1, limit)
-
-
-def _fill(spec: PlanSpec, walk: Walk, pool: _Pool) -> None:
-    """Fill one sequence after another to the target."""
-    target = spec.target_tokens
-    if pool.slot_tokens:
-        token = pool.model.token_bytes
-        if spec.sequences > pool.slots:
-            item = PlanItem("fill", "kv_slot", pool.slot_tokens * token)
-            walk.refuse(item, item.nbytes, 0, f"{pool.slots} slots: no slot is free for the next")
-        if target > pool.slot_tokens:
-            walk.resident_tokens = pool.slot_tokens
-            item = PlanItem("fill", "kv_pages", (target - pool.slot_tokens) * token)
-            text = f"{target} tokens: a slot holds {pool.slot_tokens} tokens"
-            walk.refuse(item, target * token, pool.slot_tokens * token, text)
-        walk.resident_tokens = target * spec.sequences
-        return
-
-    def holds(tokens: int, sequences: int) -> bool:
-        # A step that is refused is halved, down to a page.
-        step = min(g.geometry.page_tokens for g in pool.model.groups)
-        if pool.lazy:
-            return pool.bytes_of(tokens, sequences, step) <= walk.free_bytes
-        return pool.fits(tokens, sequences, step)
-
-    full = max(n for n in range(spec.sequences + 1) if not n or holds(target, n))
-    if full == spec.sequences:
-        walk.resident_tokens = target * spec.sequences
-        _grow(spec, walk, pool, target, spec.sequences)
-        return
-    # What is left after `full` whole sequences goes to the next one, down to a page.
-    last = _most(target, lambda tokens: _holds_more(pool, walk, target, full, tokens))
-    walk.resident_tokens = target * full + last
-    before = walk.free_bytes
-    _grow(spec, walk, pool, target, full, last)
-    short = pool.bytes_of(target, spec.sequences) - (walk.kv_bytes if pool.lazy else 0)
-    item = PlanItem("fill", "kv_pages", max(0, short))
-    walk.fail(item, item.nbytes, walk.free_bytes if pool.lazy else min(before, walk.free_bytes))
-
-
-def _holds_more(pool: _Pool, walk: Walk, target: int, full: int, tokens: int) -> bool:
-    """Whether ``full`` sequences of ``target`` tokens and one of ``tokens`` fit."""
-    page = min(g.geometry.page_tokens for g in pool.model.groups)
-    nbytes = 0
-    for group, chunks in zip(pool.model.groups, pool.chunks, strict=True):
-        pages = full * pool.pages(group, target) + pool.pages(group, tokens, page)
-        if pages > chunks * group.pages_per_chunk and not pool.lazy:
-            return False
-        nbytes += -(-pages // group.pages_per_chunk) * group.chunk_bytes
-    return not pool.lazy or nbytes <= walk.free_bytes
-
-
-def _grow(spec: PlanSpec, walk: Walk, pool: _Pool, target: int, full: int, last: int = 0) -> None:
-    """Commit what the sequences have grown to, and what a background thread keeps ahead.
-
-    A refusal, which leaves a sequence unfinished, makes the thread give back what it kept. Near
-    the capacity the groups of a hybrid model are served in order. A window's pages, and those of
-    the step that crosses into the next, are counted as if they lay side by side.
-    """
-    if not pool.lazy:
-        return
-    peak = end = 0
-    last_step = max(0, target - 1) // STEP_TOKENS * STEP_TOKENS
-    for group in pool.model.groups:
-        page = group.geometry.page_tokens
-        most = full * pool.pages(group, target) + (pool.pages(group, last) if last else 0)
-        left = full * pool.pages_left(group, target, last_step)
-        left += pool.pages_left(group, last, max(0, last - page)) if last else 0
-        peak += -(-max(most, left) // group.pages_per_chunk) * group.chunk_bytes
-        end += -(-left // group.pages_per_chunk) * group.chunk_bytes
-    ahead = _ahead_bytes(spec, walk.free_bytes - peak, pool) if full == spec.sequences else 0
-    walk.free_bytes -= end + ahead
-    walk.held_bytes += peak + ahead
-    walk.kv_bytes = end + ahead
-    walk.items.append(PlanItem("fill", "kv_pages", end + ahead))
-
-
-def _ahead_bytes(spec: PlanSpec, free_bytes: int, pool: _Pool) -> int:
-    if spec.options.get("growth") != "ahead":
-        return 0
-    most, ahead = int(spec.options.get("ahead_chunks", 0)), 0
-    for group, reserve in zip(pool.model.groups, pool.chunks, strict=True):
-        used = -(-spec.sequences * pool.pages(group, spec.target_tokens) // group.pages_per_chunk)
-        fitting = (free_bytes - ahead) // group.chunk_bytes
-        ahead += max(0, min(most, reserve - used, fitting)) * group.chunk_bytes
-    return ahead
+    pool.tokens = most(spec.context_tokens, lambda tokens: pool.fits(tokens, 1))

@@ -29,8 +29,10 @@ class PlanSpec:
         The modelled rank, never scaled; needed by engines.
     context_tokens, sequences : int
         Configured maximum of one sequence on this rank, and sequences of it.
+    filled_sequences : int, optional
+        Sequences that are filled, one after another; all unless given.
     fill : float
-        Share of the context that each sequence is filled to.
+        Share of the context that each of them is filled to.
     capacity_bytes : int
         Free before anything.
     weights_bytes, context_bytes, nccl_bytes : int
@@ -53,6 +55,7 @@ class PlanSpec:
     context_tokens: int = 10_000_000
     fill: float = 1.0
     sequences: int = 1
+    filled_sequences: int | None = None
     capacity_bytes: int = 0
     context_bytes: int = 0
     nccl_bytes: int = 0
@@ -78,6 +81,11 @@ class PlanSpec:
     def target_tokens(self) -> int:
         """Tokens that each sequence is filled to."""
         return int(self.context_tokens * self.fill + 1e-9)
+
+    @property
+    def growing(self) -> int:
+        """How many sequences are filled."""
+        return self.sequences if self.filled_sequences is None else self.filled_sequences
 
     def at(self, context_tokens: int) -> PlanSpec:
         """Ask the same of another context."""

@@ -16,7 +16,8 @@ class Ended(Exception):
 class Walk:
     """Takes allocations in order and remembers what fitted.
 
-    The peak counts what is held at the end or at the failure; nothing is freed in between.
+    The peak counts what is held at the end or at the failure, as the device rounds it; nothing is
+    freed in between.
     """
 
     spec: PlanSpec
@@ -44,12 +45,11 @@ class Walk:
             rounded = -(-nbytes // unit) * unit
             fitting = min(count, self.free_bytes // rounded) if rounded else count
             self.free_bytes -= fitting * rounded
+            self.held_bytes += fitting * rounded
             taken += fitting * nbytes
             if fitting < count:
-                self.held_bytes += taken
                 self._end("oom", item, item.nbytes, before, taken=taken)
         self.items.append(item)
-        self.held_bytes += taken
 
     def refuse(self, item: PlanItem, requested: int, available: int, message: str) -> None:
         """End by a strategy's own rule."""

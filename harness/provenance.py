@@ -106,7 +106,12 @@ def git_state() -> dict[str, Any]:
 
     def git(*words: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, check=True, timeout=20
+            ["git", "-C", str(root), *words],
+            capture_output=True,
+            text=True,
+            errors="replace",  # a diff may hold text of any encoding
+            check=True,
+            timeout=20,
         ).stdout
 
     try:

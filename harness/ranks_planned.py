@@ -6,6 +6,7 @@ from harness.cell import Cell
 from harness.folder import Outcome
 from harness.forecast import predict_cell
 from harness.launch import Job
+from harness.lengths import filled_tokens
 from harness.ranks_group import sizes_of
 from harness.rows import Row, identity
 
@@ -34,7 +35,7 @@ def _row(cell: Cell, extra: Row) -> Row:
             "oom_requested_bytes": made.requested_bytes,
             "oom_free_bytes": made.free_bytes,
         }
-    whole = cell.filled_tokens * settings.sequences
+    whole = filled_tokens(cell)
     held = settings.all_tokens(made.resident_tokens)
     return row | {
         "admitted": str(made.started and made.admits_context).lower(),

@@ -79,7 +79,9 @@ def begin(folder: RunFolder, settings: list[Settings], words: list[str], experim
     """Write the manifest and the resolved configuration; an attempt more when it is resumed."""
     manifest = folder.manifest()
     if manifest:
-        manifest["attempts"] += [provenance.attempt(settings)]
+        before = manifest.get("attempts")
+        before = before if isinstance(before, list) else []
+        manifest["attempts"] = [*before, provenance.attempt(settings)]
     else:
         manifest = provenance.manifest(folder.run_id, settings, words, experiment)
     folder.write_json("manifest.json", manifest)

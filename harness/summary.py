@@ -107,25 +107,30 @@ def _options(text: object) -> dict[str, Any]:
 
 
 def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
-    """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it."""
-    known = [(t, a) for t, a in answers if a]
-    ok = max((t for t, a in known if a == "ok"), default=None)
-    above = sorted((t, a) for t, a in known if a != "ok" and (ok is None or t > ok))
-    if not known:
-        return {"ok": None, "not_ok": None, "limited_by": ""}
-    if not above:
-        return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
-    return {"ok": ok, "not_ok": above[0][0], "limited_by": above[0][1]}
+    """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it.
+
+    ``limited_by`` is ``""`` where it is unknown: nothing above found memory too small, but not
+    everything there had an answer (``""``), since a trial died.
+    """
+    every = list(answers)
+    ok = max((t for t, a in every if a == "ok"), default=None)
+    above = sorted((t, a) for t, a in every if a != "ok" and (ok is None or t > ok))
+    refused = [(t, a) for t, a in above if a]
+    if refused:
+        return {"ok": ok, "not_ok": refused[0][0], "limited_by": refused[0][1]}
+    ended = "" if above or ok is None else "sweep_end"
+    return {"ok": ok, "not_ok": None, "limited_by": ended}
 
 
 def resident(rows: list[Row], startup: Bracket) -> Bracket:
     """Tokens that one sequence really held, and where holding more failed.
 
     A refused fill gives both ends: pages (an engine's blocks) are added one by one until one more
-    is refused. When
-    start-up itself is what fails above (a static pool), its bracket is the answer's upper end.
+    is refused. When start-up itself is what fails above (a static pool), its bracket is the
+    answer's upper end; when a trial died on the way further, what ends it is unknown.
     """
-    full = [r for r in rows if filled(r)]
+    asked = [r for r in rows if asked_to_fill(r)]
+    full = [r for r in asked if filled(r)]
     if not full:
         return {"ok": None, "not_ok": None, "limited_by": ""}
     ok = max(held_tokens(r) for r in full)
@@ -135,19 +140,25 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
         return {"ok": ok, "not_ok": ok + one_more(best), "limited_by": best["status"]}
     if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
-    return {"ok": ok, "not_ok": None, "limited_by": "sweep_end"}
+    died = [r for r in asked if not started(r)]
+    lost = any(int(r["context_tokens"]) * float(r["fill"]) > ok for r in died)
+    return {"ok": ok, "not_ok": None, "limited_by": "" if lost else "sweep_end"}
 
 
-def filled(row: Row) -> bool:
-    """Whether a trial filled one sequence as far as it was asked to, or as it could."""
+def asked_to_fill(row: Row) -> bool:
+    """Whether a trial was to fill a sequence, and what it holds is an answer for one sequence."""
     return (
-        row.get("resident_tokens") is not None
-        and row.get("workload_steps") is None
-        and row["sequences"] == 1
-        and started(row) == "ok"
+        row.get("workload_steps") is None
+        and (row["sequences"] == 1 or row["purpose"] == "resident")
         and float(row["fill"] or 0) > 0
         and row["purpose"] != "bracket"
     )
+
+
+def filled(row: Row) -> bool:
+    """Whether a trial filled a sequence as far as it was asked to, or as it could."""
+    known = row.get("resident_tokens") is not None
+    return known and asked_to_fill(row) and started(row) == "ok"
 
 
 def one_more(row: Row) -> int:

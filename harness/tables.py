@@ -30,6 +30,7 @@ ENDINGS = {
     "oom": "out of memory",
     "refused": "refused by the strategy's own rule",
     "sweep_end": "end of the sweep, no failure",
+    "": "unknown, since a trial died",
 }
 
 

@@ -166,12 +166,18 @@ class Trial:
                 for g in self.settings.kv_model().groups
             ]
         self.contents = contents
-        for sequence in range(self.settings.sequences):
-            if self.cells[0].purpose == "bracket" or self.settings.accounts_only:
-                break
-            self.strategy.open(sequence, self.cell.local_context_tokens)
-        grain = self.settings.grain_tokens
-        return Filler(self.strategy, grain, self.ledger, contents, self.team.check)
+        if self.cells[0].purpose != "bracket" and not self.settings.accounts_only:
+            for sequence in range(len(targets(self.cell))):
+                self.strategy.open(sequence, self.cell.local_context_tokens)
+        groups = self.settings.kv_model().groups
+        return Filler(
+            self.strategy,
+            self.settings.grain_tokens,
+            self.ledger,
+            contents,
+            self.team.check,
+            windows=[g.window_tokens for g in groups if g.window_tokens],
+        )
 
     @property
     def _content_seed(self) -> int:

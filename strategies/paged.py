@@ -173,14 +173,24 @@ class Paged(GrowingStrategy):
     def extend(self, sequence: int, tokens: int) -> int:
         """Make room for ``tokens`` more tokens; as in :meth:`GrowingStrategy.extend`.
 
-        What the background thread commits is not in the returned bytes, but in the footprint.
+        What the background thread commits is not in the returned bytes, but in the footprint; with
+        chunks that were kept it is in ``grown_bytes`` once a sequence uses it.
         """
         with self._lock:
             if self._ahead is not None:
                 self._ahead.check()
+            before = self._used_bytes()
             committed = super().extend(sequence, tokens)
+            self.grown_bytes += max(committed, self._used_bytes() - before, 0)
             self._poke()
             return committed
+
+    def _used_bytes(self) -> int:
+        """Bytes of the chunks that hold a page of a sequence."""
+        return sum(
+            pool.arena.committed_bytes - pool.allocator.empty_chunks * pool.group.chunk_bytes
+            for pool in self.pools
+        )
 
     def close(self, sequence: int) -> None:
         """End a sequence; as in :meth:`GrowingStrategy.close`."""

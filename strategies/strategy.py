@@ -30,6 +30,8 @@ class Strategy(ABC):
     """
 
     name: str
+    # Of all growth so far: bytes of chunks that sequences came to use, mapped for them or ready.
+    grown_bytes = 0
 
     @abstractmethod
     def start(self) -> None:

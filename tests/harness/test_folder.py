@@ -154,7 +154,13 @@ def test_tables_of_another_version_are_left_alone(tmp_path):
     assert table.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\0\0", '{"config_hash": 3}'])
+ODD_MANIFESTS = [
+    *("", "{", "[]", "null", "\0\0", '{"config_hash": 3}'),
+    *("[" * 200_000, '{"config_hash": ' + "9" * 10_000 + "}"),
+]
+
+
+@pytest.mark.parametrize("content", ODD_MANIFESTS, ids=lambda content: content[:20])
 def test_a_folder_with_an_odd_manifest_is_passed_over(tmp_path, content):
     odd = tmp_path / "sweep" / "odd"
     odd.mkdir(parents=True)
@@ -163,6 +169,81 @@ def test_a_folder_with_an_odd_manifest_is_passed_over(tmp_path, content):
     folder, resumed = find_or_create(tmp_path, "sweep", HASH)
     assert not resumed and folder.path.parent == tmp_path / "sweep"
     assert (odd / "manifest.json").read_text() == content
+
+
+def _pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def _link(path):
+    """To a file of somebody else, with the same content."""
+    target = path.parent.parent / "precious"
+    target.write_text(path.read_text() if path.exists() else "mine")
+    path.unlink(missing_ok=True)
+    path.symlink_to(target)
+
+
+def _folder(path):
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+HARMS = {
+    "pipe": _pipe,
+    "link": _link,
+    "folder": _folder,
+}
+
+
+@pytest.mark.parametrize("harm", ["pipe", "link", "folder"])
+@pytest.mark.parametrize("name", ["manifest.json", "trials.csv", "samples.jsonl", ".lock"])
+def test_a_folder_that_is_not_plain_is_neither_waited_for_nor_written_through(tmp_path, name, harm):
+    folder = begun(tmp_path)
+    folder.add(outcome(ONE))
+    folder.close()
+    HARMS[harm](folder.path / name)
+    precious = folder.path.parent / "precious"
+    before = precious.read_bytes() if precious.exists() else None
+    other, resumed = find_or_create(tmp_path, "sweep", HASH)
+    assert not resumed and other.path != folder.path
+    assert (precious.read_bytes() if precious.exists() else None) == before
+
+
+def test_a_link_to_a_run_is_not_resumed(tmp_path):
+    folder = begun(tmp_path / "elsewhere")
+    folder.close()
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "run").symlink_to(folder.path)
+    other, resumed = find_or_create(tmp_path, "sweep", HASH)
+    assert not resumed and not other.path.is_symlink()
+
+
+@pytest.mark.parametrize("name", ["trials.csv", "timeline.csv"])
+@pytest.mark.parametrize("junk", ["\0\0\0\n", "a,b\n", "x,", '"' + "a" * 200_000 + "\n"])
+def test_a_damaged_line_costs_no_other_and_no_traceback(tmp_path, name, junk):
+    folder = begun(tmp_path)
+    folder.add(outcome(ONE))
+    folder.close()
+    table = folder.path / name
+    fields = table.read_text().split("\n")[0].count(",") + 1
+    with open(table, "a") as out:
+        out.write(junk if junk != "x," else ",".join("x" * fields) + "\n")
+    again, resumed = find_or_create(tmp_path, "sweep", HASH)
+    assert resumed is (len(junk) < 1000)  # beyond what a reader of CSV takes: no table of ours
+    assert [r["trial_id"] for r in again.rows] == ([ONE["trial_id"]] if resumed else [])
+
+
+def test_what_a_kill_left_half_written_is_gone(tmp_path):
+    folder = begun(tmp_path)
+    folder.add(outcome(ONE))
+    folder.close()
+    for name in (".manifest.json.4711", ".trials.csv.new"):
+        (folder.path / name).write_text("half")
+    (folder.path / ".trial").mkdir()
+    again, resumed = find_or_create(tmp_path, "sweep", HASH)
+    assert resumed
+    assert sorted(p.name for p in again.path.glob(".*")) == [".lock"]
 
 
 def test_the_output_of_a_trial_that_died_is_kept(tmp_path):

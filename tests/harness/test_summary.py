@@ -44,7 +44,28 @@ def test_bracket_of_answers(boundary, points):
     found = bracket(answers)
     assert found["ok"] == max(good, default=None)
     assert found["not_ok"] == min(bad, default=None)
-    assert found["limited_by"] == ("oom" if bad else "sweep_end" if good else "")
+    lost = any(t > found["ok"] for t, a in answers if not a) if good else True
+    assert found["limited_by"] == ("oom" if bad else "" if lost else "sweep_end")
+
+
+def test_what_a_trial_that_died_would_have_said_is_unknown():
+    assert bracket([(5, "ok"), (9, "")]) == {"ok": 5, "not_ok": None, "limited_by": ""}
+    rows = [cell("paged", 2_000_000, 1.0), cell("paged", 5_000_000, 1.0, status="timeout")]
+    start = bracket([(10_000_000, "ok")])
+    assert start["limited_by"] == "sweep_end"
+    assert resident(rows, start) == {"ok": 2_000_000, "not_ok": None, "limited_by": ""}
+    rows.append(cell("paged", 5_000_000, 1.0, repeat=1))  # the same again, to its end
+    assert resident(rows, start)["limited_by"] == "sweep_end"
+
+
+def test_one_sequence_of_several_is_filled_until_it_is_refused():
+    rows = [
+        cell("paged", 10_000_000, 1.0, purpose="resident", sequences=3),
+        cell("paged", 1_000_000, 1.0, sequences=3, resident_tokens=3_000_000),
+    ]
+    found = resident(rows, bracket([(10_000_000, "ok")]))
+    assert found["ok"] == rows[0]["resident_tokens"] and found["limited_by"] == "oom"
+    assert resident(rows[1:], bracket([]))["ok"] is None
 
 
 def test_resident_tokens_of_a_refused_fill_have_both_ends():

@@ -17,15 +17,22 @@ from harness.provenance import attempt
 from harness.sizes import BadValue
 from harness.summary import summarise
 from harness.trial import Trial
+from strategies.device_host import HostDevice
 from tests.harness.composed import made
 
 SMALL = "hardware.capacity=3GiB"
 
 
+class Untouched(Trial):
+    """A trial whose sequences are grown and not written: no torch, and pages stay zero."""
+
+    _writes = False
+
+
 def run(*cells):
     """Rows and ledger events of one process's cells."""
     records = []
-    ran = Trial(list(cells), records.append, {})
+    ran = Untouched(list(cells), records.append, {})
     try:
         ran.run()
     finally:
@@ -51,12 +58,16 @@ def geometries(draw):
     growth = "sync" if hybrid == "true" else one("sync", "ahead")
     strategy = one("static", "paged", "eager_pages", "sglang", "vllm")
     keys = {
-        "static": f"strategy.mem_fraction_of={one('context', 'device')}",
-        "paged": f"strategy.growth={growth}",
+        "static": [f"strategy.mem_fraction_of={one('context', 'device')}"],
+        "paged": [
+            f"strategy.growth={growth}",
+            f"strategy.release={one('immediate', 'deferred')}",
+            f"strategy.low_water={one('1GiB', '40MiB')}",
+        ],
     }
     words = [
         f"strategy={strategy}",
-        keys.get(strategy, "seed=0"),
+        *keys.get(strategy, []),
         f"parallel.ranks={ranks}",
         f"model.layers={layers}",
         f"model.kv_heads_total={kv_heads}",
@@ -73,7 +84,7 @@ def geometries(draw):
         f"trial.chunk_target={one('1MiB', '64MiB', '1GiB')}",
         SMALL,
     ]
-    return words, one("bracket", "resident"), one(0.3, 1.0)
+    return words, one("bracket", "resident", "point"), one(0.3, 1.0)
 
 
 def off_by(row, own):
@@ -111,8 +122,9 @@ def test_any_geometry_ends_as_planned(asked):
         assert row["oom_requested_bytes"] > row["oom_free_bytes"] >= 0
         assert row["oom_phase"] == events[-1]["phase"]
         assert row["oom_source"] in ("budget", "pool")  # the device, or the pages of a pool
-    if row["status"] == "ok" and purpose == "resident":
-        assert row["resident_tokens"] == cell.target_tokens * own.sequences
+    if row["status"] == "ok" and purpose != "bracket":
+        filled = own.sequences if purpose == "point" else 1
+        assert row["resident_tokens"] == cell.target_tokens * filled
 
 
 @pytest.mark.parametrize("context", ["1M", "10M"])
@@ -124,6 +136,81 @@ def test_a_refusal_makes_the_thread_give_back_what_it_kept_in_every_group(contex
     assert refused == (context == "10M") and not off_by(row, own)
     kept = row["kv_committed_bytes"] - row["kv_live_bytes"]
     assert kept == 0 if refused else kept > 0
+
+
+@pytest.mark.parametrize(
+    ("window", "context"), [(3072, 300_007), (40_960, 70_000), (106_496, 200_000)]
+)
+def test_a_peak_is_read_before_a_window_is_given_back(window, context, monkeypatch):
+    """Held against the budget, which counts every chunk as it is committed."""
+    most = []
+    take = HostDevice.take
+
+    def counted(self, *given, **named):
+        take(self, *given, **named)
+        most.append(self.capacity_bytes - self.free_bytes())
+
+    monkeypatch.setattr(HostDevice, "take", counted)
+    own = made(
+        *("strategy=paged", f"context={context}", "hardware.capacity=12GiB"),
+        *("model=llama4_scout", "model.hybrid=true", "model.local_layers=47"),
+        f"model.window_tokens={window}",
+        *("model.weights_per_rank=1", "trial.chunk_target=2MiB"),
+    )
+    (row,), _ = run(Cell(own, context, timing=False))
+    chunk = own.kv_model().groups[0].chunk_bytes  # of the layers that give nothing back
+    assert row["status"] == "ok"
+    assert 0.995 * max(most) - chunk <= row["peak_device_bytes"] <= max(most)
+    assert row["peak_ledger_bytes"] == pytest.approx(row["peak_device_bytes"], abs=64 << 10)
+
+
+@pytest.mark.parametrize("growth", ["sync", "ahead"])
+@pytest.mark.parametrize("low_water", ["1B", "40MiB", "200MiB", "1GiB"])
+@pytest.mark.parametrize(("window", "context"), [(3072, 300_007), (40_960, 70_000)])
+def test_what_is_kept_behind_a_window_is_as_planned(window, context, low_water, growth):
+    own = made(
+        *("strategy=paged", f"context={context}", "hardware.capacity=12GiB"),
+        *("model=llama4_scout", "model.hybrid=true", f"model.window_tokens={window}"),
+        *("model.weights_per_rank=1", "trial.chunk_target=2MiB", f"strategy.growth={growth}"),
+        *("strategy.release=deferred", f"strategy.low_water={low_water}"),
+    )
+    (row,), _ = run(Cell(own, context, timing=False))
+    # In which chunks the thread finds a window's pages depends on when it looks.
+    ahead = sum(4 * g.chunk_bytes for g in own.kv_model().groups) if growth == "ahead" else 0
+    assert abs(row["kv_committed_bytes"] - row["predicted_kv_bytes"]) <= ahead
+    off = abs(row["peak_device_bytes"] - row["predicted_peak_bytes"])
+    assert off <= ahead + 0.005 * row["peak_device_bytes"]
+
+
+@pytest.mark.parametrize("chunk", ["2MiB", "64MiB"])
+def test_growth_mapped_ahead_has_the_events_of_synchronous_growth(chunk):
+    rows = []
+    for growth in ("sync", "ahead"):
+        words = ("strategy=paged", f"strategy.growth={growth}", f"trial.chunk_target={chunk}")
+        own = made(*words, "context=300K", "hardware.capacity=12GiB")
+        (row,), _ = run(Cell(own, own.context_tokens, timing=False))
+        rows.append(row)
+    sync, ahead = rows
+    held = -(-300_000 * 128 // sync["chunk_bytes"])
+    steps = -(-300_000 // STEP_TOKENS)
+    assert sync["grow_events"] == ahead["grow_events"] == min(held, steps) >= 100
+    assert all(r["grow_stall_us_p99"] >= r["grow_stall_us_p50"] > 0 for r in rows)
+
+
+@pytest.mark.parametrize("strategy", ["static", "paged", "eager_pages"])
+def test_a_resident_cell_fills_one_sequence_of_several(strategy):
+    words = (f"strategy={strategy}", "context=1M", "workload.sequences=3", "hardware.capacity=9GiB")
+    own = made(*words)
+    context = forecast.startup_guess(own)
+    (row,), _ = run(Cell(own, context, purpose="resident", timing=False))
+    assert row["sequences"] == 3 and row["status"] == row["predicted_status"]
+    points = forecast.points(own)
+    found = summarise([row], [])["strategies"][strategy]["resident"]
+    assert found["ok"] == row["resident_tokens"] == points.resident.ok
+    if strategy == "static":
+        assert found["ok"] == context == points.startup.ok < 1_000_000
+    else:
+        assert found["limited_by"] == points.resident.limited_by == "oom"
 
 
 def test_one_process_fills_through_several_lengths():

@@ -205,7 +205,7 @@ def test_a_changed_trace_is_another_cell(tmp_path):
 
 @pytest.mark.parametrize(
     ("experiment", "arms"),
-    [("waste", 7), ("fragmentation", 11), ("granularity", 21), ("precision", 4), ("remedies", 13)],
+    [("waste", 7), ("fragmentation", 11), ("granularity", 27), ("precision", 4), ("remedies", 13)],
 )
 def test_an_experiments_arms_are_distinct_and_known_to_the_planner(experiment, arms):
     found = settings_of_command([f"experiment={experiment}", "hardware=scale_model"], False)

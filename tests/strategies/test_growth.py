@@ -123,6 +123,35 @@ def test_mapped_ahead_growth_finds_chunks_ready():
     assert strategy.footprint().committed_bytes == 0
 
 
+@pytest.mark.parametrize("growth", ["sync", "ahead"])
+def test_growth_is_counted_alike_whoever_maps(growth):
+    strategy = started(growth=growth, ahead_chunks=3)
+    strategy.open(0, CONTEXT)
+    grown = []
+    for _ in range(21):
+        strategy.settle()
+        before = strategy.grown_bytes
+        strategy.extend(0, 2 * PAGE_TOKENS)
+        grown.append((strategy.grown_bytes - before) // CHUNK)
+    assert grown == [1, 1, 0] * 7  # three pages a chunk
+
+
+def test_a_chunk_that_was_kept_is_grown_into_again():
+    strategy = started(release="deferred", low_water_bytes=100 * CHUNK)
+    assert filled(strategy, 0, 6) == strategy.grown_bytes == 2 * CHUNK
+    strategy.close(0)
+    assert filled(strategy, 1, 6) == 0 and strategy.grown_bytes == 4 * CHUNK
+
+
+def test_what_a_window_gives_back_and_takes_again_is_no_growth():
+    strategy = started(model=HYBRID)
+    strategy.open(0, CONTEXT)
+    strategy.extend(0, 4 * PAGE_TOKENS)
+    before = strategy.grown_bytes
+    strategy.extend(0, 2 * PAGE_TOKENS)  # two local pages of four that were given back
+    assert strategy.grown_bytes == before
+
+
 def test_mapped_ahead_never_costs_a_request():
     strategy = started(10 * CHUNK, HYBRID, growth="ahead", ahead_chunks=4)
     plain = started(10 * CHUNK, HYBRID)
