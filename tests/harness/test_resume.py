@@ -162,7 +162,13 @@ def test_killed_between_trials_twice_nothing_is_lost(tmp_path):
 @pytest.mark.beside
 def test_ctrl_c_leaves_a_readable_folder_that_is_resumed(tmp_path):
     results = tmp_path / "runs"
-    words = (*QUICK, "-m", "fault.kind=none,hang", "fault.phase=pool", "trial.timeout_seconds=30")
+    words = (
+        *QUICK,
+        "-m",
+        "fault.kind=none,hang",
+        "fault.phase=pool",
+        f"trial.timeout_seconds={LIMIT_SECONDS}",
+    )
     process = start(results, *words)
     until(lambda: results.exists() and len(list(results.glob("*/*/trials.csv"))))
     trial = until(lambda: trial_process(results) if measured(the_folder(results)) else None)

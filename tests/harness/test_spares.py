@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
+import harness.spares
 from harness.cell import Cell
 from harness.launch import Job, child_environment, run_job
 from harness.spares import Spares
 from harness.validate import compose_settings
 from tests.harness.command import is_gone, until
-from tests.harness.ranks_fixture import SMALL
+from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL
 
 HARNESS = """
 import time
@@ -65,7 +66,8 @@ def test_a_dead_spare_is_not_missed(spares, tmp_path: Path):
     assert row["status"] == "ok"
 
 
-def test_close_ends_the_waiting_process(spares):
+def test_close_ends_the_waiting_process(spares, monkeypatch):
+    monkeypatch.setattr(harness.spares, "CLOSE_SECONDS", LIMIT_SECONDS)  # it is importing still
     process = spares.waiting[0]
     spares.close()
     assert process.poll() == 0 and not spares.waiting
