@@ -21,7 +21,7 @@ from harness.sizes import GIB
 from harness.tabular import percent, short_tokens
 
 SCALE_TEXT = "Scale model on a host: bytes are multiplied up to the modelled device."
-FILL_TEXT = "Beside a hollow mark: the share of the context that is filled (else: 100 %)."
+FILL_TEXT = "Solid marks: the whole context is filled."
 Notes = dict[tuple[float, float], tuple[str, str]]
 
 
@@ -86,10 +86,10 @@ def _curves(axes: Axes, one: Series, notes: Notes) -> Line2D:
             kv = _per_context(rows[ok], "kv_committed_bytes")
             axes.plot(kv[kv > 0].index, kv[kv > 0], color=look["color"], ls=":", lw=0.9)
         elif not peaks.empty:
-            notes[peaks.index[-1], peaks.iloc[-1]] = (f"{percent(fill)}", look["color"])
+            notes[peaks.index[-1], peaks.iloc[-1]] = (f"{percent(fill)} filled", look["color"])
     for at, (text, _) in list(notes.items()):
         full = fullest.get(at[0])
-        if text.endswith("%") and full and abs(at[1] / full - 1) < 0.05:
+        if text.endswith("filled") and full and abs(at[1] / full - 1) < 0.05:
             del notes[at]  # a static pool's curves lie on one another
     label = one.label
     if not (one.rows["status"] == "ok").any():
@@ -117,9 +117,9 @@ def _bad_ends(axes: Axes, strategy: str, bad: pd.DataFrame, peaks: pd.Series, no
             axes.plot([peaks.index[-1], x], [peaks.iloc[-1], y], color=colour, ls="-", lw=0.6)
         axes.plot([x], [y], color=colour, marker=marker, markersize=7, markeredgecolor="white")
         if row["oom_phase"] == "fill":
-            text = f"full at\n{short_tokens(row['resident_tokens'])} tokens"
+            text = f"starts, full at\n{short_tokens(row['resident_tokens'])} tokens"
         else:
-            text = f"needs {y:.0f} GiB" if row["oom_requested_bytes"] > 0 else ""
+            text = f"does not start: needs {y:.0f} GiB" if row["oom_requested_bytes"] > 0 else ""
         if text and x == bad["context_tokens"].max():
             notes[x, y] = (text, colour)
     return int((needed > 0).sum())
@@ -127,17 +127,17 @@ def _bad_ends(axes: Axes, strategy: str, bad: pd.DataFrame, peaks: pd.Series, no
 
 def _write(axes: Axes, notes: Notes) -> None:
     for at, (text, colour) in notes.items():
-        above = text.startswith("needs")
-        offset, horizontal = ((-6, 3), "right") if above else ((9, -9), "right")
-        if text.endswith("%"):
-            offset, horizontal = (5, 0), "left"
+        above, partly = text.startswith("does not"), text.endswith("filled")
+        offset, vertical = ((-6, 3), "bottom") if above else ((9, -9), "top")
+        if partly:  # a dashed curve may come from the left
+            offset, vertical = (4, -5), "top"
         axes.annotate(
             style.plain(text),
             at,
             xytext=offset,
             textcoords="offset points",
-            ha=horizontal,
-            va="bottom" if above else "center" if text.endswith("%") else "top",
+            ha="right",
+            va=vertical,
             linespacing=1,
             fontsize=6.5,
             color=colour,

@@ -251,8 +251,17 @@ def save(figure: Figure, folder: Path, name: str) -> list[Path]:
         buffer = io.BytesIO()
         with mpl.rc_context(RC):
             try:
+                _settle(figure)
                 figure.savefig(buffer, format=kind, metadata=metadata)
             except ValueError as error:
                 raise RunError(f"figure {name}: cannot be drawn ({error})") from None
         out.append(write_file(folder / f"{name}.{kind}", buffer.getvalue()))
     return out
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out once, on a grid: the solver's last bits differ from process to process."""
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes in figure.axes:
+        axes.set_position([round(float(v), 5) for v in axes.get_position().bounds])

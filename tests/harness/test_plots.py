@@ -108,7 +108,7 @@ def test_a_failed_trial_is_drawn_at_what_it_needed():
         if line.get_marker() == style.ENDS["oom"][0] and len(line.get_ydata()) == 1
     ]
     assert marks == [pytest.approx(need / GIB)]
-    assert f"needs {need / GIB:.0f} GiB" in texts(figure)
+    assert f"does not start: needs {need / GIB:.0f} GiB" in texts(figure)
     assert "out of memory" in legend(figure)
 
 

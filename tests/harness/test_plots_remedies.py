@@ -140,7 +140,9 @@ def test_the_table_holds_every_arm_its_points_and_its_price():
     assert lines["default requests"][3:7] == ("–", "–", "–", "OOM at 1M")
     assert lines["weights offloaded"][6:9] == ("13.9", "1M", "0.1")
     assert lines["FP8 KV"][8] == "–"
-    assert table.title in [t.title for t in report_parts(rows(), REMEDIES, "")[0]]
+    assert table.title in [
+        t.title for t in report_parts(rows(), REMEDIES, rows()["run_id"].iloc[0])[0]
+    ]
 
 
 def test_other_runs_have_no_such_table():

@@ -90,7 +90,8 @@ def test_every_number_of_a_reference_run_leads_to_its_rows(folder):
     for table in (tables.verdict_sources(run.summary), tables.planner(run.rows, each=True)):
         assert all(trials_in(" ".join(line)) <= known for line in table.rows)
     text = (folder / "report.md").read_text()
-    assert all(" ".join(line[-1].split()) in text for line in points.rows)
+    if not run.of_earlier_runs:  # their OOM points stand in their own reports
+        assert all(" ".join(line[-1].split()) in text for line in points.rows)
 
 
 def test_each_run_gets_its_own_page_and_the_first_one_those_of_all(run, tmp_path):
