@@ -264,4 +264,5 @@ def _settle(figure: Figure) -> None:
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     for axes in figure.axes:
-        axes.set_position([round(float(v), 5) for v in axes.get_position().bounds])
+        left, bottom, width, height = (round(float(v), 5) for v in axes.get_position().bounds)
+        axes.set_position((left, bottom, width, height))
