@@ -57,9 +57,9 @@ class Spares:
                 process.stdin.close()
             except OSError:  # it died, and took the spec along unread
                 process.kill()
+                process.wait()
             if process.poll() is None:
                 return process
-            process.wait()
         return None
 
     def close(self) -> None:
