@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.lock import held_files
 from harness.settings import Settings
 
 LEAST_CORES = 8
@@ -43,6 +44,7 @@ class Spares:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=held_files(),
                     env=environment,
                 )
             )
