@@ -15,7 +15,7 @@ from typing import Any
 
 from harness.cell import Cell
 from harness.folder import FolderError, Outcome
-from harness.lock import Busy
+from harness.lock import Busy, held_files
 from harness.oom_killer import oom_kills
 from harness.rows import Row, identity
 from harness.sizes import printable
@@ -98,6 +98,7 @@ def _started(spec: Path, log: Path) -> subprocess.Popen[bytes]:
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
+            pass_fds=held_files(),
             env=child_environment(),
         )
 

@@ -1,4 +1,9 @@
-"""One harness a device at a time: two would measure each other."""
+"""One harness a device at a time: two would measure each other.
+
+A lock lives as long as any process that has its file open: the processes of trials are given it
+(:func:`held_files`), so that nobody measures beside one that outlives a killed harness for the
+seconds in which the driver takes its memory back.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,7 @@ from harness.hardware import Hardware
 from harness.sizes import printable
 
 LOCK_DIR = Path("/tmp")
+_held_files: list[int] = []
 
 
 class Busy(RuntimeError):
@@ -21,9 +27,10 @@ class Busy(RuntimeError):
 
 @contextmanager
 def device_lock(*devices: Hardware) -> Iterator[None]:
-    """Hold devices, by their UUIDs, for the time of a run; the kernel frees them when we die.
+    """Hold devices, by their UUIDs, for the time of a run.
 
-    The scale model on the host needs none: its figures of speed are not compared.
+    The kernel frees them when we have died, and the trial in hand with us. The scale model on the
+    host needs none: its figures of speed are not compared.
 
     Raises
     ------
@@ -57,7 +64,16 @@ def _held(hardware: Hardware) -> Iterator[None]:
             file.truncate(0)
             file.write(str(os.getpid()))
             file.flush()
-        yield
+        _held_files.append(file.fileno())
+        try:
+            yield
+        finally:
+            _held_files.remove(file.fileno())
+
+
+def held_files() -> tuple[int, ...]:
+    """Descriptors of the locks that this process holds, for ``pass_fds`` of a trial's process."""
+    return tuple(_held_files)
 
 
 def _opened(path: Path) -> tuple[TextIO, bool]:

@@ -118,17 +118,14 @@ def _growing_columns(
 ) -> dict[str, Any]:
     """Decode beside growth, a chunk a step; the row's K/V bytes are those from before."""
     held = strategy.footprint()
+    before = {"kv_committed_bytes": held.committed_bytes, "kv_live_bytes": held.live_bytes}
     groups = settings.kv_model().groups
     chunk_tokens = max(g.pages_per_chunk * g.geometry.page_tokens for g in groups)
     growing = watch.decode_while_growing(sequences, chunk_tokens)
-    if growing is None:
-        return {}
+    if growing is None:  # too few steps, which grew it all the same
+        return before
     note("decode_while_growing", _raw(growing) | {"tokens": chunk_tokens})
-    return {
-        "decode_while_growing_ms": growing.median_ms,
-        "kv_committed_bytes": held.committed_bytes,
-        "kv_live_bytes": held.live_bytes,
-    }
+    return before | {"decode_while_growing_ms": growing.median_ms}
 
 
 def _raw(samples: Samples) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from harness.cell import Cell
 from harness.folder import Outcome
 from harness.launch import POLL_SECONDS, Job, child_environment, kill_trial, prepared
+from harness.lock import held_files
 from harness.ranks import Place
 from harness.ranks_ends import Failure, RankEnd, least_advanced, outcome_of
 from harness.ranks_group import STORE_HOST
@@ -78,6 +79,7 @@ class LocalRank:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.PIPE,
                 start_new_session=True,
+                pass_fds=held_files(),
                 env=_threads(place.world_size) | child_environment() | _network(store_host),
             )
 

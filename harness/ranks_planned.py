@@ -35,13 +35,14 @@ def _row(cell: Cell, extra: Row) -> Row:
             "oom_requested_bytes": made.requested_bytes,
             "oom_free_bytes": made.free_bytes,
         }
-    whole = filled_tokens(cell)
-    held = settings.all_tokens(made.resident_tokens)
+    whole = made.outcome == "ok" and cell.purpose != "bracket"
+    held = filled_tokens(cell) if whole else settings.all_tokens(made.resident_tokens)
+    if whole or made.outcome != "ok":
+        row["resident_limited_by"] = "target" if whole else made.outcome
     return row | {
         "admitted": str(made.started and made.admits_context).lower(),
         "resident_tokens": made.resident_tokens,
-        "resident_tokens_all_ranks": whole if made.outcome == "ok" else held,
-        "resident_limited_by": "target" if made.outcome == "ok" else made.outcome,
+        "resident_tokens_all_ranks": held,
         "kv_committed_bytes": made.predicted_kv_bytes,
         "collective_bytes": sizes_of(settings).step_bytes,
     }

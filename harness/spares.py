@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.lock import held_files
 from harness.settings import Settings
 
 LEAST_CORES = 8
@@ -43,6 +44,7 @@ class Spares:
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,
+                    pass_fds=held_files(),
                     env=environment,
                 )
             )
@@ -57,9 +59,9 @@ class Spares:
                 process.stdin.close()
             except OSError:  # it died, and took the spec along unread
                 process.kill()
+                process.wait()
             if process.poll() is None:
                 return process
-            process.wait()
         return None
 
     def close(self) -> None:

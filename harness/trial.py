@@ -188,9 +188,9 @@ class Trial:
 
     def _fill_and_time(self, filler: Filler) -> dict[str, Any]:
         """Fill to the cell's target, time it, and say how it ended."""
-        ended: dict[str, Any] = {"status": "ok", "resident_limited_by": "target"}
         if self.cell.purpose == "bracket":
-            return ended
+            return {"status": "ok"}  # nothing was filled, so nothing limited it
+        ended: dict[str, Any] = {"status": "ok", "resident_limited_by": "target"}
         self._phase("fill")
         assert self.strategy is not None and self.workspace is not None and self.device is not None
         if self.settings.accounts_only:
@@ -237,7 +237,7 @@ class Trial:
 
     def _tokens_of_all_ranks(self, ended: dict[str, Any]) -> int:
         """Tokens of the sequences, of which this rank holds its share."""
-        if ended.get("resident_limited_by") == "target" and self.cell.purpose != "bracket":
+        if ended.get("resident_limited_by") == "target":
             return filled_tokens(self.cell)
         return self.ledger.resident_tokens * self.settings.parallel.context_ranks
 

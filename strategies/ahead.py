@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 
 class AheadMapper:
@@ -13,19 +13,37 @@ class AheadMapper:
     Parameters
     ----------
     lock : threading.RLock
-        Held during each call; released between calls, so that a request waits for one chunk at
-        the most.
+        Held during each call; between calls it is left to a request that waits for it
+        (:meth:`first`), so that one waits for one chunk at the most.
     prepare : callable
         Commits one chunk and returns True, or returns False when there is nothing to do.
     """
 
     def __init__(self, lock: threading.RLock, prepare: Callable[[], bool]) -> None:
-        self._prepare = prepare
+        self._prepare, self._lock = prepare, lock
         self._changed = threading.Condition(lock)
+        self._queue = threading.Condition()
+        self._waiting = 0  # requests that wait for the lock
         self._pending = self._busy = self._stopping = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="map-ahead", daemon=True)
         self._thread.start()
+
+    @contextlib.contextmanager
+    def first(self) -> Iterator[None]:
+        """Hold the lock, before the thread takes it again: locks are not given in turn."""
+        with self._queue:
+            self._waiting += 1
+        try:
+            self._lock.acquire()
+        finally:
+            with self._queue:
+                self._waiting -= 1
+                self._queue.notify_all()
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def poke(self) -> None:
         """Look again, since something changed. The caller holds the lock."""
@@ -52,7 +70,8 @@ class AheadMapper:
     def _run(self) -> None:
         try:
             while self._next():
-                time.sleep(0)  # let a request that waits for the lock have it
+                with self._queue:
+                    self._queue.wait_for(lambda: not self._waiting)
         except BaseException as failure:
             self._failure = failure
         with self._changed:

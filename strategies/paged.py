@@ -176,7 +176,7 @@ class Paged(GrowingStrategy):
         What the background thread commits is not in the returned bytes, but in the footprint; with
         chunks that were kept it is in ``grown_bytes`` once a sequence uses it.
         """
-        with self._lock:
+        with self._lock if self._ahead is None else self._ahead.first():
             if self._ahead is not None:
                 self._ahead.check()
             before = self._used_bytes()

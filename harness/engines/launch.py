@@ -19,6 +19,7 @@ from harness.engines.rows import row_of, samples_of, timeline_of
 from harness.engines.stand_in import stand_in
 from harness.folder import FolderError, Outcome
 from harness.launch import Job
+from harness.lock import held_files
 from harness.rows import Row
 
 POLL_SECONDS = 0.05
@@ -58,6 +59,7 @@ def run_engine(job: Job, scratch: Path, on_record: Callable[[Row], None] | None 
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
+                pass_fds=held_files(),
                 env=environment(cell),
             )
             _wait(keeper, cell.settings.trial.timeout_seconds)

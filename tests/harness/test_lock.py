@@ -14,7 +14,7 @@ import pytest
 from harness import lock
 from harness.hardware import Hardware
 from harness.lock import Busy, device_lock, lock_path
-from tests.harness.command import environment
+from tests.harness.command import environment, is_gone, processes_of, until
 
 HOLDER = """
 import sys, time
@@ -120,3 +120,47 @@ def test_a_lock_file_that_is_not_ours_to_write_still_keeps_two_apart(open_folder
     with held, pytest.raises(Busy, match="process 77"), again:
         pass
     assert open_folder.read_text() == "77"
+
+
+MEASURES = """
+import sys
+from pathlib import Path
+from harness import lock
+from harness.launch import run_job
+from harness.spares import Spares
+from tests.harness.test_launch import job
+from tests.harness.test_lock import gpu
+lock.LOCK_DIR = Path(sys.argv[1])
+with lock.device_lock(gpu("GPU-5")):
+    spares = Spares(1) if sys.argv[2] == "spare" else None
+    if spares:
+        from harness.launch import child_environment
+        spares.prepare(child_environment())
+    hangs = job("fault.kind=hang", "fault.phase=pool")
+    run_job(hangs, Path(sys.argv[1]) / ".trial", lambda record: print("on", flush=True), spares)
+"""
+
+
+@pytest.mark.parametrize("kind", ["fresh", "spare"])
+def test_a_trial_holds_the_device_of_its_harness_until_it_is_gone(tmp_path, kind):
+    """As long as its process is there, so may be its memory on the GPU."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", MEASURES, str(tmp_path), kind],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "on\n"
+    (trial,) = processes_of(tmp_path / ".trial") if kind == "fresh" else _children(process.pid)[:1]
+    open_files = [os.readlink(p) for p in Path(f"/proc/{trial}/fd").iterdir()]
+    assert str(lock_path("GPU-5")) in open_files
+    process.kill()
+    process.communicate()
+    until(lambda: is_gone(trial), seconds=30)
+    with device_lock(gpu("GPU-5")):
+        pass
+
+
+def _children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    return sorted(int(p) for p in found)

@@ -66,6 +66,22 @@ def test_a_dead_spare_is_not_missed(spares, tmp_path: Path):
     assert row["status"] == "ok"
 
 
+def test_one_that_is_dying_is_not_taken_for_the_trial(tmp_path: Path):
+    """It hears nothing any more, and has not ended yet."""
+    made = Spares(1)
+    deaf = [
+        sys.executable,
+        "-c",
+        "import os, time; os.close(0); print(flush=True); time.sleep(600)",
+    ]
+    process = subprocess.Popen(deaf, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    made.waiting.append(process)
+    assert process.stdout is not None
+    process.stdout.read(1)
+    assert made.take(tmp_path / "spec.json") is None
+    assert process.poll() is not None
+
+
 def test_close_ends_the_waiting_process(spares, monkeypatch):
     monkeypatch.setattr(harness.spares, "CLOSE_SECONDS", LIMIT_SECONDS)  # it is importing still
     process = spares.waiting[0]

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.measure import _decode_columns, _prefill_columns
+from harness.measure import _decode_columns, _growing_columns, _prefill_columns
 from harness.timing import Samples, Stopwatch, prefill_flops
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
@@ -132,3 +132,29 @@ def test_what_a_straight_line_misses_is_told():
     missed = math.sqrt((4 + 16 + 4) / 9)
     assert model.relative_residual == pytest.approx(missed / math.sqrt(100 + 144 + 100))
     assert model.total_seconds == pytest.approx(11 * (10 + 2 / 3) / 1e3)
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_a_row_s_bytes_are_those_from_before_it_grew_beside_decode(steps):
+    """Also when there was no room for enough steps: they were taken all the same."""
+    own = made("strategy=paged", "context=1M", "hardware.capacity=20GiB")
+    device = HostDevice(64 << 20)
+    strategy = Paged(device, own.kv_model(), 1_000_000)
+    strategy.start()
+    strategy.open(0, 1_000_000)
+    strategy.extend(0, 5000)
+    before = strategy.footprint()
+
+    class Watch:
+        @staticmethod
+        def decode_while_growing(sequences, tokens):
+            for _ in range(steps):
+                strategy.extend(sequences[-1], tokens)
+            return Samples((1.0,) * steps, 1.0) if steps > 3 else None
+
+    row = _growing_columns(own, strategy, Watch(), [0], lambda what, values: None)
+    assert strategy.footprint().committed_bytes > before.committed_bytes
+    assert row["kv_committed_bytes"] == before.committed_bytes
+    assert row["kv_live_bytes"] == before.live_bytes == 5000 * 128
+    assert ("decode_while_growing_ms" in row) == (steps > 3)
+    strategy.stop()

@@ -122,7 +122,10 @@ def test_any_geometry_ends_as_planned(asked):
         assert row["oom_requested_bytes"] > row["oom_free_bytes"] >= 0
         assert row["oom_phase"] == events[-1]["phase"]
         assert row["oom_source"] in ("budget", "pool")  # the device, or the pages of a pool
-    if row["status"] == "ok" and purpose != "bracket":
+    if row["status"] == "ok" and purpose == "bracket":
+        assert row["resident_tokens"] == 0 and row["resident_limited_by"] is None
+    elif row["status"] == "ok":
+        assert row["resident_limited_by"] == "target"
         filled = own.sequences if purpose == "point" else 1
         assert row["resident_tokens"] == cell.target_tokens * filled
 

@@ -1,11 +1,13 @@
 """Growth variants of paged: mapped ahead, deferred release, a budget."""
 
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from strategies.ahead import AheadMapper
 from strategies.errors import OutOfMemory
 from tests.strategies.pools import CHUNK, CONTEXT, LOCAL_CHUNK, filled, started
 from tests.strategies.small_models import HYBRID, PAGE_TOKENS
@@ -190,6 +192,37 @@ def test_mapped_ahead_failure_is_told_at_the_next_extension():
         strategy.extend(0, 1)
     assert strategy.resident_tokens(0) == 0
     strategy.stop()
+
+
+def test_a_request_that_waits_for_a_chunk_does_not_wait_for_another():
+    asked, served, late = 0, 0, 0
+    go = threading.Semaphore(0)
+
+    def requests():
+        nonlocal served
+        while asked < 100:
+            go.acquire()
+            with mapper.first():
+                served += 1
+
+    def prepare():
+        nonlocal asked, late
+        late += served < asked
+        asked += 1
+        go.release()
+        while not mapper._waiting:  # for the lock, which is held here
+            time.sleep(1e-4)
+        return asked < 100
+
+    lock = threading.RLock()
+    mapper = AheadMapper(lock, prepare)
+    requester = threading.Thread(target=requests)
+    requester.start()
+    with lock:
+        mapper.poke()
+    requester.join()
+    mapper.stop()
+    assert (asked, served, late) == (100, 100, 0)
 
 
 def test_mapped_ahead_under_many_threads_of_requests():
