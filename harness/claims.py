@@ -1,8 +1,8 @@
 """The report's claims, each a rule over rows; none knows its verdict before it has read them.
 
-The rules are in :mod:`harness.claims_pools` (the report's two ideas) and in
-:mod:`harness.claims_engines` and :mod:`harness.claims_graphs` (the engines' code), and in
-:mod:`harness.claims_planned` (arithmetic).
+The rules are in :mod:`harness.claims_pools` (the report's two ideas), :mod:`harness.claims_ends`
+(where each ends), :mod:`harness.claims_engines`, :mod:`harness.claims_graphs` (the engines' code)
+and :mod:`harness.claims_planned` (arithmetic).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from harness import claims_engines, claims_graphs, claims_planned, claims_pools
+from harness import claims_ends, claims_engines, claims_graphs, claims_planned, claims_pools
 from harness.evidence import UNDECIDED, Evidence, Verdict, basis_of
 from harness.rows import Row
 
@@ -82,7 +82,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Paged lowers the out-of-memory risk",
         "lower",
         "resident tokens, paged / static",
-        claims_pools.risk_of_oom,
+        claims_ends.risk_of_oom,
     ),
     Claim(
         "C7",
@@ -147,7 +147,7 @@ CLAIMS: tuple[Claim, ...] = (
         "On-demand allocation lets 10M start",
         "starts",
         "",
-        claims_pools.on_demand_starts,
+        claims_ends.on_demand_starts,
     ),
     Claim(
         "C15",
@@ -163,7 +163,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Reduce to 5 - 6M tokens",
         "5 - 6M",
         "tokens",
-        claims_pools.five_to_six_million,
+        claims_ends.five_to_six_million,
     ),
     Claim(
         "C17",

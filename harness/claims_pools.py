@@ -25,7 +25,6 @@ GB = 1e9
 REPORTED_GB = 1000 * 2**20  # the report reads 0.0234 MiB as MB, and a thousand of them as a GB
 REPORTED_FRACTION = 0.78  # of the context, with which the report counts
 SAME_FIGURE = 0.02
-SAME = 0.01  # resident tokens of two strategies within 1 % are the same
 LITTLE = 0.05  # of what a static pool holds
 FRAGMENTED = 0.05  # of K/V memory that no request can have
 RUN_CLAIMS = "experiment=claims"
@@ -173,57 +172,6 @@ def _near_reported(nbytes: float) -> bool:
     return any(abs(figure / REPORTED_GB_FOR_10M - 1) <= SAME_FIGURE for figure in figures)
 
 
-def risk_of_oom(evidence: Evidence) -> Verdict:
-    """C6: how many tokens of one sequence each holds at its end.
-
-    The end of paged is a fill that was refused, that of static the longest sequence that was filled
-    into a pool; without a context within 1 % above it that does not start, it may have held more.
-    """
-    ends = _ends(evidence)
-    if ends is None:
-        return undecided("-m strategy=static,paged model=report context=10M")
-    paged, static = ends
-    held, room = paged["resident_tokens"], static["resident_tokens"]
-    failing = evidence.of("static", lambda r: whole_context(r) and not starts(r), model="report")
-    above = min((r["context_tokens"] for r in failing), default=None)
-    last = above is not None and above < room * (1 + SAME)
-    if abs(held / room - 1) < SAME:
-        verdict = CONDITIONAL
-        text = "both hold the same tokens when filled; the failure moves from start-up to run time"
-    elif held < room:
-        verdict, text = REFUTED, f"a static pool holds {room:,} tokens, paged only {held:,}"
-    elif last:
-        verdict, text = SUPPORTED, f"paged holds {held:,} tokens, a static pool {room:,}"
-    else:
-        verdict = CONDITIONAL
-        text = (
-            "a sequence filled to its end still runs out of memory, at run time instead of "
-            f"start-up ({held:,} tokens; the longest that was filled into a static pool here has "
-            f"{room:,})"
-        )
-    return Verdict(verdict, text, (paged, static), round(held / room, 4))
-
-
-def _ends(evidence: Evidence) -> tuple[Row, Row] | None:
-    """Longest refused fill of paged, and longest filled sequence of static."""
-    paged = [
-        r
-        for r in evidence.of("paged", starts, model="report", sequences=1)
-        if r["status"] == "oom" and r["oom_phase"] == "fill"
-    ]
-    static = [
-        r
-        for r in evidence.of("static", whole_context, model="report")
-        if starts(r) and r["resident_tokens"]
-    ]
-    if not paged or not static:
-        return None
-    return (
-        max(paged, key=lambda r: r["resident_tokens"]),
-        max(static, key=lambda r: r["resident_tokens"]),
-    )
-
-
 def lower_fraction(evidence: Evidence) -> Verdict:
     """C7: static at 10M with fractions of the context and of the device."""
     rows = evidence.of("static", context_tokens=MILLIONS_10, model="report")
@@ -285,44 +233,3 @@ def fragmentation(evidence: Evidence) -> Verdict:
             f" of their memory is live ({external:.1%} external), against {most:.0%} with pages"
         )
     return Verdict(verdict, text, tuple(static + paged), round(least / most, 3))
-
-
-def on_demand_starts(evidence: Evidence) -> Verdict:
-    """C14: the same configuration with and without on-demand commit."""
-    paged = evidence.of("paged", context_tokens=MILLIONS_10, model="report")
-    static = evidence.of("static", whole_context, context_tokens=MILLIONS_10, model="report")
-    if not paged or not static:
-        return undecided("-m strategy=static,paged model=report context=10M")
-    works = all(map(starts, paged)) and not any(map(starts, static))
-    text = "for start-up"
-    if not works:
-        counts = (f"{sum(map(starts, own))} of {len(own)}" for own in (paged, static))
-        text = "{} paged trials start, {} static ones".format(*counts)
-    ends = _ends(evidence) if works else None
-    if ends is not None:
-        held, room = (r["resident_tokens"] for r in ends)
-        text += f"; filled, a sequence ends at {held:,} tokens, the longest in a static pool has "
-        text += f"{room:,}"
-    return Verdict(
-        SUPPORTED if works else REFUTED,
-        text,
-        tuple(paged + static),
-        "starts" if all(map(starts, paged)) else "does not start",
-    )
-
-
-def five_to_six_million(evidence: Evidence) -> Verdict:
-    """C16: the largest context that static starts with, at the report's cost of a token."""
-    rows = evidence.of("static", whole_context, model="report")
-    good = [r for r in rows if starts(r)]
-    bad = [r for r in rows if not starts(r)]
-    largest = max((r["context_tokens"] for r in good), default=0)
-    smallest = min((r["context_tokens"] for r in bad), default=0)
-    if largest >= 5_000_000:
-        verdict, text = SUPPORTED, f"starts at {largest:,} tokens"
-    elif bad and smallest <= 5_000_000:
-        verdict, text = REFUTED, f"starts at {largest:,} tokens" if good else "starts nowhere"
-    else:
-        return undecided("strategy=static model=report context=10M")
-    text += f", not at {smallest:,}" if bad else ""
-    return Verdict(verdict, text, tuple(good + bad), largest)

@@ -31,6 +31,8 @@ def offloaded(here, away):
     return rows
 
 
+END_OF_STATIC = row("static", 5_844_800, **NO_POOL)
+
 CASES = [
     # C1: 10M static, by the cost of a token
     ("C1", [row("static", **NO_POOL), row("static", **SMALL)], "conditional"),
@@ -82,10 +84,12 @@ CASES = [
     ("C5", [row("static", **oom("pool", oom_requested_bytes=20_000_000_000))], "refuted"),
     ("C5", [row("static", **SMALL)], "undecided"),
     # C6: where a full sequence ends
-    ("C6", [REFUSED_FILL, full("static", 5_842_000)], "conditional"),
+    ("C6", [REFUSED_FILL, full("static", 5_842_000), END_OF_STATIC], "conditional"),
     ("C6", [REFUSED_FILL, full("static", 4 * M), row("static", 4_003_000, **NO_POOL)], "supported"),
-    ("C6", [REFUSED_FILL, full("static", 5 * M)], "conditional"),
-    ("C6", [REFUSED_FILL, full("static", 8 * M)], "refuted"),
+    ("C6", [REFUSED_FILL, full("static", 8 * M), row("static", 8_003_000, **NO_POOL)], "refuted"),
+    # the ends of static were only sampled
+    ("C6", [REFUSED_FILL, full("static", 5_842_000)], "undecided"),
+    ("C6", [REFUSED_FILL, full("static", 5 * M), row("static", 6 * M, **NO_POOL)], "undecided"),
     (
         "C6",  # the pool starts with 5.84M, but a sequence in it ends at 1M
         [
@@ -142,7 +146,21 @@ def test_c14_says_what_fits_only_where_it_was_filled():
     started = [row("paged"), row("static", **NO_POOL)]
     assert verdict("C14", started)["condition"] == "for start-up"
     filled = [*started, REFUSED_FILL, full("static", 5_842_000)]
-    assert "5,843,200 tokens" in verdict("C14", filled)["condition"]
+    assert verdict("C14", filled)["condition"] == "for start-up"  # static may hold more
+    assert "5,843,200 tokens" in verdict("C14", [*filled, END_OF_STATIC])["condition"]
+
+
+@pytest.mark.parametrize(
+    ("failing", "told"),
+    [
+        ([5_844_800, 10 * M], 5_842_000),
+        ([6 * M], "5,842,000 - 6,000,000"),
+        ([], "at least 5,842,000"),
+    ],
+)
+def test_c16_gives_a_figure_only_where_its_bracket_is_closed(failing, told):
+    rows = [row("static", 5_842_000), *(row("static", tokens, **NO_POOL) for tokens in failing)]
+    assert verdict("C16", rows)["measured"] == told
 
 
 def test_what_offload_gains_is_measured_where_both_brackets_are_closed():
