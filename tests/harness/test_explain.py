@@ -60,6 +60,7 @@ def test_vllms_refusal(capsys, log_file, config_file):
     assert "vLLM 0.23.0" in rows["engine"]
     assert "refused: To serve at least one request" in rows["log"]
     assert "kv_pool (228.88 GiB)" in rows["failed"]
+    assert "no flag lets it start at 10M; the longest that it accepts is " in rows["change"]
     assert "--max-model-len" in rows["change"]
     assert "REFUSED" in out
 
