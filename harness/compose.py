@@ -207,7 +207,15 @@ def _allowed(key: str, text: str, groups: Sequence[str]) -> str:
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    return "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
+    such = "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
+    owners = _owners(key)
+    return f"with {' or '.join(owners)}, which has this key; else {such}" if owners else such
+
+
+def _owners(key: str) -> list[str]:
+    """Who has a key that the chosen strategy has not: ``strategy=sglang``."""
+    words = [f"strategy={name}" for name in options("strategy")]
+    return [w for w in words if key in _keys(_composed([w]))] if key.startswith("strategy.") else []
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:  # noqa: ANN401

@@ -22,9 +22,9 @@ from harness.explain_spec import Question, engine_flag, question
 from harness.gpus import GPUS, Gpu, gpu_named, gpu_with_total
 from harness.hf_config import HFConfig, read_hf_config
 from harness.planner import largest_context_that_starts, predict
-from harness.planner_changes import Change, smallest_change
-from harness.planner_spec import Prediction
-from harness.planner_text import eater, items_table
+from harness.planner_changes import GOALS, Change, longest_accepted, smallest_change
+from harness.planner_spec import PlanSpec, Prediction
+from harness.planner_text import eater, items_table, longest_text, no_flag
 from harness.safe_text import MAX_LOG_BYTES, read_text
 from harness.sizes import BadValue, gib
 
@@ -70,7 +70,7 @@ def explain(options: argparse.Namespace) -> str:
     elif facts is not None:
         launch = facts.launch
     else:
-        raise BadValue("LOG", "", "a LOG, --command, or both")
+        raise ValueError("a LOG, --command, or both are needed; see --help")
     if options.engine_version:
         if not re.fullmatch(r"\d+\.\d+[\w.]{0,20}", options.engine_version):
             raise BadValue("--engine-version", options.engine_version, "a release, such as 0.5.9")
@@ -101,7 +101,7 @@ def _gpu(name: str | None, facts: LogFacts | None, needed: bool) -> Gpu | None:
     if facts is not None and facts.total_bytes:
         return gpu_with_total(facts.total_bytes)
     if needed or facts is None or facts.outcome != "refused":
-        raise BadValue("--gpu", "(not given)", ", ".join(GPUS))
+        raise ValueError(f"--gpu is needed: {', '.join(GPUS)}")
     return None
 
 
@@ -140,7 +140,7 @@ def _without_config(launch: Launch, gpu: Gpu | None, facts: LogFacts | None) -> 
     """An answer from formulas that need no geometry, or the request for a config.json."""
     answer = request_table_answer(launch, gpu, facts) if gpu else None
     if facts is None or (answer is None and facts.outcome in ("ok", "unknown")):
-        raise BadValue("--config", "(not given)", "the model's config.json (its layers and heads)")
+        raise ValueError("--config is needed: the model's config.json (its layers and heads)")
     parts = _failure_in_log(facts)
     if facts.failed:
         parts.append(_row("failed", facts.failed))
@@ -168,12 +168,12 @@ def _with_config(
     parts = _failure_in_log(facts)
     parts += _answer(made, facts, spec.capacity_bytes)
     if not made.started:
-        parts += _changes(launch, smallest_change(spec, "start"), smallest_change(spec, "admit"))
+        parts += _changes(launch, spec, GOALS)
         largest, failing = largest_context_that_starts(spec)
         beyond = "" if failing in (None, largest + 1) else f"; the first that fails: {failing:,}"
         parts.append(_row("largest", f"{largest:,} tokens of context start as it is{beyond}"))
     elif not made.admits_context:
-        parts += _changes(launch, None, smallest_change(spec, "admit"))
+        parts += _changes(launch, spec, ("admit",))
     parts += [_row("note", note) for note in (*asked.notes, *made.notes)]
     if facts is not None:
         parts += [_row("differs", text) for text in disagreements(made, facts)]
@@ -205,22 +205,27 @@ def _answer(made: Prediction, facts: LogFacts | None, capacity_bytes: int) -> li
     return parts
 
 
-def _changes(launch: Launch, start: Change | None, admit: Change | None) -> list[str]:
-    parts: list[str] = []
+def _changes(launch: Launch, spec: PlanSpec, goals: Sequence[str]) -> list[str]:
+    """What helps for each goal; where no flag does, how far it goes."""
+    start = smallest_change(spec, "start") if "start" in goals else None
+    admit = smallest_change(spec, "admit")
     if start is not None and admit is not None and _same_keys(start, admit):
-        start = admit if start.flags != admit.flags else start
-    for what, change in (("start", start), ("serve the full context", admit)):
-        if change is None:
-            continue
-        if what != "start" and start is not None and start.flags == change.flags:
-            parts[-1] = parts[-1].replace("to start", "to start and to serve the full context")
-            continue
-        flags = " ".join(engine_flag(launch.engine, k, v) for k, v in change.flags)
-        left = gib(change.prediction.free_bytes)
-        parts.append(_row("change", f"{flags}  to {what} ({change.costs}; {left} stay free)"))
-    if not parts:
-        parts.append(_row("change", "no change of flags was found that helps"))
-    return parts
+        return [_change_row(launch, admit, "to start and to serve the full context")]
+    parts = [] if start is None else [_change_row(launch, start, "to start")]
+    if admit is not None:
+        return [*parts, _change_row(launch, admit, "to serve the full context")]
+    longest = longest_accepted(spec)
+    goal = "start" if "start" in goals and start is None else "admit"
+    text = longest_text(longest, _flags(launch, longest)) if longest else ""
+    return [*parts, _row("change", no_flag(spec.context_tokens, goal) + text)]
+
+
+def _change_row(launch: Launch, change: Change, what: str) -> str:
+    return _row("change", f"{_flags(launch, change)}  {what} ({change.leaves})")
+
+
+def _flags(launch: Launch, change: Change) -> str:
+    return " ".join(engine_flag(launch.engine, k, v) for k, v in change.flags)
 
 
 def _same_keys(one: Change, other: Change) -> bool:

@@ -68,4 +68,4 @@ def _change(launch: Launch, flags: SGLangFlags, version: str, headroom: int) -> 
         if needed <= headroom:
             flag = engine_flag("sglang", "max_running_requests", str(rows))
             return f"{flag}  to start (at most {rows} requests at once; the pool stays the same)"
-    return f"{engine_flag('sglang', 'context_length', str(context // 2))}  (a shorter context)"
+    return "no number of requests leaves room for the table; --config gives the longest context"

@@ -39,6 +39,16 @@ _REFUSALS = (  # words of a refusal -> what is refused
 _VERSION = re.compile(
     r"(?:LLM engine \(v|vLLM (?:API server )?version |sglang[ =v]+)(\d[\w.]{2,19})"
 )
+# What an engine prints while it starts; prose about engines has none of these lines.
+_STARTING = re.compile(
+    r"ServerArgs\(\w+=|Load weight (?:begin|end)\.|KV Cache is allocated\.|KV pool holds \d|"
+    r"max_total_num_tokens=\d|fired up and ready to roll|non-default args: \{|LLM engine \(v\d|"
+    r"vLLM API server version \d|Model loading took \d|Available KV cache memory: -?\d|"
+    r"GPU KV cache size: \d|Application startup complete"
+)
+_OOM_MESSAGE = re.compile(
+    r"OutOfMemoryError\b|(?:CUDA|HIP)[\w ]{0,20}:? '?out of memory", re.IGNORECASE
+)
 _FIGURE_WORDS = ("Load weight", "loading took", "KV cache", "#tokens", "KV pool holds")
 MAX_HEAD_LINES = 20_000
 _UNITS = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "KB": 1 << 10, "MB": 1 << 20}
@@ -91,18 +101,19 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
     Raises
     ------
     BadValue
-        When it is the log of neither.
+        When it is the log of neither: no line of a start, no refusal, nothing out of memory.
     """
     found = lines(text)
     engine = _engine(found)
-    if engine is None:
-        raise BadValue(key, "(its text)", "a start-up log of SGLang or vLLM")
+    if engine is None or not any(map(_is_of_a_start, found)):
+        allowed = "a start-up log of SGLang or vLLM, or its out-of-memory message or refusal"
+        raise BadValue(key, "(its text)", allowed)
     facts = LogFacts(Launch(engine))
     frame: tuple[str, int, str] | None = None
     for line in found:
         _read_figures(facts, line)
         frame = next(_frames(line), None) or frame
-        if "out of memory" in line.lower() and facts.outcome != "oom":
+        if facts.outcome != "oom" and _OOM_MESSAGE.search(line) is not None:
             _read_oom(facts, line, frame)
         elif "KV cache is needed" in line and (needs := _NEEDS.search(line)) is not None:
             _read_refusal(facts, line, needs)
@@ -121,11 +132,14 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
 
 def _engine(found: list[str]) -> str | None:
     signs = {
-        "sglang": ("server_args=", "ServerArgs(", "sglang", "memory_pool.py", "Load weight begin"),
+        "sglang": ("server_args=", "ServerArgs(", "sglang", "memory_pool.py", "Load weight "),
         "vllm": (
             "vllm",
             "vLLM",
             "non-default args",
+            "LLM engine (v",
+            "Model loading took",
+            "Available KV cache memory",
             "KV cache is needed",
             "gpu_memory_utilization",
             "GPU memory utilization",
@@ -139,6 +153,14 @@ def _engine(found: list[str]) -> str | None:
     }
     best = max(count, key=lambda engine: count[engine])
     return best if count[best] else None
+
+
+def _is_of_a_start(line: str) -> bool:
+    """Whether an engine that starts printed this line, or the exception that ended it."""
+    if _STARTING.search(line) is not None or _OOM_MESSAGE.search(line) is not None:
+        return True
+    refused = any(words in line for words, _ in _REFUSALS)
+    return refused or _NEEDS.search(line) is not None or _TOO_BUSY.search(line) is not None
 
 
 def _is_ready(line: str) -> bool:

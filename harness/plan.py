@@ -15,10 +15,10 @@ from typing import Any
 from harness.compose import as_typed, expand
 from harness.forecast import check, plan_spec
 from harness.planner import largest_context_that_starts, oom_points, predict
-from harness.planner_changes import Change, smallest_change
+from harness.planner_changes import Change, longest_accepted, smallest_change
 from harness.planner_engines import ENGINES
 from harness.planner_spec import OomPoint, PlanSpec, Prediction
-from harness.planner_text import change_line, items_table, points_table, verdict
+from harness.planner_text import change_lines, items_table, points_table, verdict
 from harness.settings import Settings
 from harness.sizes import BadValue, tokens_text
 from harness.validate import compose_settings
@@ -93,6 +93,8 @@ class Answer:
             self.changes["start"] = smallest_change(self.spec, "start")
         if not self.made.admits_context:
             self.changes["admit"] = smallest_change(self.spec, "admit")
+        helpless = None in self.changes.values()
+        self.longest = longest_accepted(self.spec) if helpless else None
         limit = self.spec.context_tokens * LOOK_BEYOND
         self.largest: tuple[int, int | None] | None = None
         if self.spec.strategy in ENGINES:
@@ -110,20 +112,10 @@ class Answer:
         parts += [items_table(self.made, self.spec.scale, self.spec.capacity_bytes), ""]
         parts += [points_table(self.points), "", verdict(self.spec, self.made)]
         parts += [f"note: {note}" for note in self.made.notes]
-        parts += [change_line(change, goal) for goal, change in self._told_changes()]
+        parts += change_lines(self.spec.context_tokens, self.changes, self.longest)
         if self.largest is not None:
             parts.append(self._largest_line())
         return "\n".join(parts)
-
-    def _told_changes(self) -> list[tuple[str, Change | None]]:
-        start, admit = self.changes.get("start"), self.changes.get("admit")
-        told = list(self.changes.items())
-        if start is not None and admit is not None:
-            if start.flags == admit.flags:
-                return told[:1]
-            if [k for k, _ in start.flags] == [k for k, _ in admit.flags]:
-                return told[1:]
-        return told
 
     def _heading(self) -> str:
         settings, spec = self.settings, self.spec
@@ -180,6 +172,8 @@ def as_summary(answers: Sequence[Answer]) -> dict[str, Any]:
             goal: None if change is None else dict(change.flags)
             for goal, change in answer.changes.items()
         }
+        if answer.longest is not None:
+            entry["longest_accepted"] = dict(answer.longest.flags)
         if answer.largest is not None:
             largest, failing = answer.largest
             entry["largest_context_that_starts"] = {"ok": largest, "first_not_ok": failing}

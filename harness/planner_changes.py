@@ -1,18 +1,25 @@
-"""Which smallest change of flags lets a context start: a short ordered list, each one tried."""
+"""Which smallest change of flags lets a context start: a short ordered list, each one tried.
+
+A shorter context is no such change: where none is found, :func:`longest_accepted` says how far it
+goes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from harness.planner import admits, largest_context_that_starts, predict, starts
+from harness.planner import admits, predict
 from harness.planner_engines import ENGINES
 from harness.planner_spec import PlanSpec, Prediction
+from harness.sizes import gib
 
 GOALS = ("start", "admit")
 REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+LEAST_TOKENS = 128  # a context below a page is no advice
+FEW_REQUESTS = 16
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 
 # Without it 0.11.0 turns the manager off for chunked-local layers, whatever the flag says
@@ -41,6 +48,12 @@ class Change:
         """The flags, as one would type them."""
         return " ".join(f"{key}={value}" for key, value in self.flags)
 
+    @property
+    def leaves(self) -> str:
+        """What it gives up, and what stays free on the modelled device."""
+        left = f"{gib(self.prediction.free_bytes * self.spec.scale)} stay free"
+        return f"{self.costs}; {left}" if self.costs else left
+
 
 def smallest_change(spec: PlanSpec, goal: str = "start") -> Change | None:
     """Find the first change, from those that give up least on, that reaches the goal.
@@ -60,7 +73,7 @@ def smallest_change(spec: PlanSpec, goal: str = "start") -> Change | None:
         raise ValueError(f"goal={goal}: allowed are {', '.join(GOALS)}")
     if _reaches(spec, predict(spec.filled(0.0)), goal):
         return None
-    for flags, costs, changed in _candidates(spec, goal):
+    for flags, costs, changed in _candidates(spec):
         try:
             made = predict(changed.filled(0.0))
         except ValueError:  # a flag that this version of the engine does not take
@@ -68,6 +81,22 @@ def smallest_change(spec: PlanSpec, goal: str = "start") -> Change | None:
         if _reaches(changed, made, goal) and _has_room(changed, made):
             return Change(flags, _with_figures(costs, made), changed, made)
     return None
+
+
+def longest_accepted(spec: PlanSpec) -> Change | None:
+    """Find the longest context of which a whole request is accepted.
+
+    Looked for with the flags as they are, with few requests at once (SGLang), and with a slot of
+    the whole context (static); the flags that leave most are taken. It is shorter by up to a fifth
+    where SGLang would have no room for a prefill chunk.
+
+    Returns
+    -------
+    Change or None
+        None where it would be a handful of tokens.
+    """
+    found = [c for flags, costs, base in _bases(spec) if (c := _longest(flags, costs, base))]
+    return max(found, key=lambda change: change.spec.context_tokens, default=None)
 
 
 def _reaches(spec: PlanSpec, made: Prediction, goal: str) -> bool:
@@ -86,8 +115,8 @@ def _with_figures(costs: str, made: Prediction) -> str:
     return costs.format(pool=f"{made.pool_tokens:,}")
 
 
-def _candidates(spec: PlanSpec, goal: str) -> Iterator[Candidate]:
-    """All candidates of the strategy, then two that fit every one."""
+def _candidates(spec: PlanSpec) -> Iterator[Candidate]:
+    """All candidates of the strategy, and K/V in 8 bits."""
     if spec.strategy == "sglang":
         yield from _sglang(spec)
     elif spec.strategy == "vllm":
@@ -102,7 +131,6 @@ def _candidates(spec: PlanSpec, goal: str) -> Iterator[Candidate]:
                 yield pair, f"K/V in 8 bits, at most {number} requests at once", changed
     if spec.strategy == "static":
         yield from _static(spec)
-    yield from _shorter(spec, goal)
 
 
 def _sglang(spec: PlanSpec) -> Iterator[Candidate]:
@@ -176,6 +204,7 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
 
 
 def _static(spec: PlanSpec) -> Iterator[Candidate]:
+    yield from _whole_slot(spec)
     changed = replace(spec, strategy="paged", options={})
     yield (("strategy", "paged"),), "memory runs out while a sequence grows, not before", changed
     for fraction in FRACTIONS:
@@ -184,28 +213,41 @@ def _static(spec: PlanSpec) -> Iterator[Candidate]:
             yield flags, "a slot of {pool} tokens", spec.with_options(mem_fraction=fraction)
 
 
-def _shorter(spec: PlanSpec, goal: str) -> Iterator[Candidate]:
-    """Offer the largest smaller context, which gives up most."""
-    if goal == "start":
-        best, _ = largest_context_that_starts(spec)
-    else:
-        good, bad = 0, spec.context_tokens
-        while bad - good > 1:
-            middle = (good + bad) // 2
-            good, bad = (middle, bad) if admits(spec, middle) else (good, middle)
-        best = good
-    key = {"sglang": "context_length", "vllm": "max_model_len"}.get(spec.strategy, "context")
-    if spec.strategy == "sglang" and goal == "admit":
-        few = spec.with_options(max_running_requests=16)
-        tokens = predict(few.filled(0.0)).pool_tokens
-        if best < tokens < spec.context_tokens:
-            flags = (("max_running_requests", "16"), (key, str(tokens)))
-            yield flags, "at most 16 requests at once, a shorter context", few.at(tokens)
-    # Room for a prefill chunk is part of the question: step down until there is some.
+def _whole_slot(spec: PlanSpec) -> Iterator[Candidate]:
+    if spec.options.get("mem_fraction", 1.0) < 1:
+        flags = (("mem_fraction", "1.0"),)
+        yield flags, "a slot of the whole context", spec.with_options(mem_fraction=1.0)
+
+
+def _bases(spec: PlanSpec) -> Iterator[Candidate]:
+    """Flags with which a shorter context is looked for."""
+    yield (), "", spec
+    if spec.strategy == "static":
+        yield from _whole_slot(spec)
+    if spec.strategy == "sglang":
+        few = spec.with_options(max_running_requests=FEW_REQUESTS)
+        flags = (("max_running_requests", str(FEW_REQUESTS)),)
+        if (spec.options.get("max_running_requests") or FEW_REQUESTS + 1) > FEW_REQUESTS:
+            yield flags, f"at most {FEW_REQUESTS} requests at once", few
+
+
+def _longest(flags: Flags, costs: str, base: PlanSpec) -> Change | None:
+    good, bad = 0, base.context_tokens
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if admits(base, middle) else (good, middle)
+    key = {"sglang": "context_length", "vllm": "max_model_len"}.get(base.strategy, "context")
     for share in (1.0, 0.99, 0.97, 0.95, 0.9, 0.8):
-        tokens = int(best * share)
-        if tokens >= 1 and starts(spec, tokens):
-            yield ((key, str(tokens)),), "a shorter context", spec.at(tokens)
+        tokens = int(good * share)
+        if tokens < LEAST_TOKENS:
+            return None
+        changed = base.at(tokens)
+        made = predict(changed.filled(0.0))
+        if _reaches(changed, made, "admit") and _has_room(changed, made):
+            room = "room for a prefill chunk" if share < 1 else ""
+            told = ", ".join(filter(None, (costs, room)))
+            return Change((*flags, (key, str(tokens))), told, changed, made)
+    return None
 
 
 def _itemsize(spec: PlanSpec) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from harness.planner_changes import Change
@@ -101,7 +101,8 @@ def verdict(spec: PlanSpec, made: Prediction) -> str:
             f"; it accepts requests of up to {made.max_request_tokens:,} tokens, not of {context}"
         )
     if made.outcome != "ok":
-        text += f"; filling ends in {made.outcome} at {made.resident_tokens:,} tokens"
+        how = "is refused" if made.outcome == "refused" else "runs out of memory"
+        text += f"; filling {how} at {made.resident_tokens:,} tokens"
     return f"{text}; {gib(made.predicted_peak_bytes * scale)} held at the end"
 
 
@@ -116,10 +117,41 @@ def _failure(made: Prediction, scale: int) -> str:
     return text
 
 
-def change_line(change: Change | None, goal: str) -> str:
-    """Say what the smallest change is, what it costs and what it leaves."""
-    what = "start" if goal == "start" else "accept a request of the full context"
+def change_lines(
+    context_tokens: int, changes: Mapping[str, Change | None], longest: Change | None
+) -> list[str]:
+    """Say what the smallest changes are, what they cost and leave; else how far it goes."""
+    start, admit = changes.get("start"), changes.get("admit")
+    told = list(changes.items())
+    if len(told) > 1:
+        if start is None or (admit is not None and start.flags == admit.flags):
+            told = told[:1]  # what does not start accepts nothing
+        elif admit is not None and _keys(start) == _keys(admit):
+            told = told[1:]
+    return [_change_line(context_tokens, goal, change, longest) for goal, change in told]
+
+
+def _keys(change: Change) -> list[str]:
+    return [key for key, _ in change.flags]
+
+
+def _change_line(
+    context_tokens: int, goal: str, change: Change | None, longest: Change | None
+) -> str:
     if change is None:
-        return f"no change of flags was found that lets it {what}"
-    left = gib(change.prediction.free_bytes * change.spec.scale)
-    return f"smallest change that lets it {what}: {change.text}  ({change.costs}; {left} stay free)"
+        text = longest_text(longest, longest.text) if longest else ""
+        return no_flag(context_tokens, goal) + text
+    what = "start" if goal == "start" else "accept a request of the full context"
+    return f"smallest change that lets it {what}: {change.text}  ({change.leaves})"
+
+
+def no_flag(context_tokens: int, goal: str) -> str:
+    """Say that no change of flags does it."""
+    what = "start at" if goal == "start" else "accept a request of"
+    return f"no flag lets it {what} {tokens_text(context_tokens)}"
+
+
+def longest_text(longest: Change, flags: str) -> str:
+    """Go on with the longest context that is accepted, and the flags as they are typed."""
+    tokens = longest.spec.context_tokens
+    return f"; the longest that it accepts is {tokens:,} tokens: {flags}  ({longest.leaves})"

@@ -217,7 +217,7 @@ def sglang_plan(
     if pools.full < context_tokens:
         notes = (
             f"the pool holds {pools.full:,} tokens, fewer than the context of {context_tokens:,}: "
-            f"it starts, and accepts requests of up to {pools.full - 1:,} tokens",
+            f"it starts; a prompt leaves a token for the answer: {pools.full - 1:,} at most",
         )
     values["max_running_requests"] = limit
     return EnginePlan(

@@ -89,6 +89,12 @@ def test_all_jobs_write_to_one_folder():
         (["trial.timng=false"], "trial.timng", "trial.timing"),
         (["trial={timng: false}"], "trial", "trial.timing"),
         (["strategy=static", "strategy.growth=sync"], "strategy.growth", "strategy.slot_policy"),
+        (["strategy.max_running_requests=16"], "strategy.max_running_requests", "strategy=sglang"),
+        (
+            ["strategy=vllm", "strategy.growth=sync"],
+            "strategy.growth",
+            "with strategy=paged, which",
+        ),
         (["sweep.brackets=maybe"], "sweep.brackets", "true or false"),
         (["sweep.repeats=1.5"], "sweep.repeats", "a whole number"),
         (["trial.timeout_seconds=soon"], "trial.timeout_seconds", "a number"),

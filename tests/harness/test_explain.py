@@ -14,6 +14,7 @@ from tests.harness.explain_case import (
     TRACE,
     VLLM_LOG,
     answered,
+    refused,
 )
 
 
@@ -60,6 +61,7 @@ def test_vllms_refusal(capsys, log_file, config_file):
     assert "vLLM 0.23.0" in rows["engine"]
     assert "refused: To serve at least one request" in rows["log"]
     assert "kv_pool (228.88 GiB)" in rows["failed"]
+    assert "no flag lets it start at 10M; the longest that it accepts is " in rows["change"]
     assert "--max-model-len" in rows["change"]
     assert "REFUSED" in out
 
@@ -209,12 +211,21 @@ def test_an_item_larger_than_the_gpu_was_not_eaten_from(capsys, config_file):
     assert "rope_cos_sin alone exceeds the GPU" in rows["ate"]
 
 
+def test_a_missing_flag_is_needed(capsys, config_file):
+    words = ("--command", "sglang serve --model x", "--config", config_file())
+    assert refused(capsys, *words) == (
+        "harness.explain: --gpu is needed: h200, h100, a100-80, a100-40\n"
+    )
+    assert "--config is needed: " in refused(capsys, "--command", "vllm serve m", "--gpu", "h200")
+
+
 def test_what_is_not_modelled_is_said(capsys, config_file):
     made = parse_command("vllm serve m --kv-cache-dtype fp4_e2m1 -dp 2")
     assert made.notes[0].startswith("kv_cache_dtype=fp4_e2m1 is not modelled")
     assert made.notes[1].startswith("dp=2 is not modelled")
-    assert read_log("Launching sglang server\n").launch.version == ""
-    assert read_log("sglang 0.5.9\n").launch.version == "0.5.9"
+    ready = "The server is fired up and ready to roll!\n"
+    assert read_log("Launching sglang server\n" + ready).launch.version == ""
+    assert read_log("sglang 0.5.9\n" + ready).launch.version == "0.5.9"
 
 
 def test_flags_of_both_engines_are_read():

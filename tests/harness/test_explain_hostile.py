@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from harness.explain_log import read_log
 from harness.safe_text import MAX_CONFIG_BYTES, MAX_LOG_BYTES
 from harness.sizes import BadValue
-from tests.harness.explain_case import ONE_RANK, SGLANG_LOG, VLLM_LOG, answered, refused
+from tests.harness.explain_case import (
+    ONE_RANK,
+    OOM,
+    SGLANG_LOG,
+    TRACE,
+    VLLM_LOG,
+    answered,
+    refused,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +75,34 @@ def test_files_that_are_no_logs_are_refused(capsys, log_file, content):
     refused(capsys, log_file(content))
 
 
+PROSE = (
+    b"# README\nvLLM pages, SGLang (memory_pool.py) allocates and runs out of memory at start-up.\n"
+    b"Set gpu_memory_utilization, or --mem-fraction-static; a GPU KV cache size is in tokens.\n"
+)
+
+
+@pytest.mark.parametrize("gpu", [[], ["--gpu", "h200"], ["--gpu", "h100"]])
+def test_prose_about_engines_is_no_log(capsys, log_file, gpu):
+    assert "out-of-memory message or refusal" in refused(capsys, log_file(PROSE), *gpu)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        OOM,
+        "RuntimeError: CUDA error: out of memory",
+        "RuntimeError: CUDA driver error: out of memory",
+        "NCCL WARN Cuda failure 2 'out of memory'",
+    ],
+)
+def test_the_message_alone_is_enough(message):
+    assert read_log("sglang\n" + message).outcome == "oom"
+
+
+def test_a_refusal_alone_is_enough():
+    assert read_log(PROSE.decode() + VLLM_LOG.splitlines()[-1]).outcome == "refused"
+
+
 def test_a_log_cannot_make_it_open_or_run_anything(
     capsys, log_file, config_file, tmp_path, monkeypatch
 ):
@@ -112,7 +148,9 @@ def test_a_truncated_log_is_read_as_far_as_it_goes(capsys, log_file, config_file
 def test_long_lines_and_many_are_read_to_their_end():
     found = read_log("server_args=ServerArgs(" + "a='" * 300_000 + "\n" + "sglang " * 200_000)
     assert (found.launch.engine, found.launch.flags) == ("sglang", {})
-    found = read_log("sglang\n" + ("Tried to allocate " * 10 + "\n") * 20_000)
+    found = read_log(
+        "sglang\nLoad weight begin. avail mem=9 GB\n" + ("Tried to allocate " * 10 + "\n") * 20_000
+    )
     assert (found.outcome, found.tried_bytes) == ("unknown", 0)
 
 
@@ -148,7 +186,7 @@ def test_a_gpu_and_a_config_are_asked_for(capsys, config_file):
 @given(st.text(max_size=400))
 def test_any_text_is_read_or_refused(text):
     try:
-        facts = read_log(text + "\nsglang")
+        facts = read_log(text + "\nsglang\nKV pool holds 5 tokens\n")
     except BadValue:
         return
     assert facts.outcome in ("ok", "oom", "refused", "unknown")
@@ -160,6 +198,7 @@ def test_lines_in_any_order_are_read(found):
     try:
         facts = read_log("\n".join(found))
     except BadValue:
-        assert not found or all("sglang" not in line for line in found)
+        trace = TRACE.format(line=907, function="_create_buffers").splitlines()
+        assert set(found) <= {*trace, OOM.strip()}
         return
     assert facts.launch.engine in ("sglang", "vllm")

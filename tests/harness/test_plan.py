@@ -26,6 +26,38 @@ def test_a_start_that_fails_is_an_answer(capsys):
         assert f"\n{point}" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "said", "unsaid"),
+    [
+        (
+            ["strategy=static", "strategy.mem_fraction=0.65", "hardware=h200"],
+            "no flag lets it accept a request of 10M; the longest that it accepts is ",
+            "context=2 ",
+        ),
+        (
+            ["strategy=vllm", "hardware=h200"],
+            "no flag lets it start at 10M; the longest that it accepts is ",
+            "smallest change",
+        ),
+        (
+            ["strategy=sglang", "strategy.max_running_requests=16", "hardware=h200"],
+            "filling is refused at ",
+            "accepts requests of up to 4,998,519",
+        ),
+    ],
+)
+def test_a_shorter_context_is_called_one(capsys, words, said, unsaid):
+    _, out, _ = ask(capsys, *words)
+    assert said in out and unsaid not in out and "(a shorter context" not in out
+    advice = out[out.index("\nno flag") :].splitlines()[1]
+    assert advice.count("no flag lets it") == 1
+    _, out, _ = ask(capsys, *words, "json=true")
+    (entry,) = json.loads(out)["strategies"].values()
+    assert entry["smallest_change"]["admit"] is None
+    tokens = [v for k, v in entry["longest_accepted"].items() if k.startswith(("cont", "max_mod"))]
+    assert f"{int(tokens[0]):,} tokens" in advice
+
+
 def test_json_has_the_shape_of_a_summary(capsys):
     words = ("-m", "strategy=static,paged,eager_pages,sglang,vllm", "hardware=h200", "json=true")
     code, out, _ = ask(capsys, *words)

@@ -13,7 +13,7 @@ from harness.planner import (
     predict,
     starts,
 )
-from harness.planner_changes import smallest_change
+from harness.planner_changes import longest_accepted, smallest_change
 from harness.planner_spec import PlanSpec
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
@@ -275,12 +275,32 @@ def test_the_smallest_change_of_sglang_is_fewer_requests():
     assert not predict(doubled).started or predict(doubled).free_bytes * ENGINE_SCALE < GIB
 
 
-def test_a_change_for_admission_is_stronger_than_one_for_a_start():
+def test_a_shorter_context_is_no_way_to_accept_the_full_one():
     spec = engine_spec("sglang", model=TWO_HEADS)
     start, admit = smallest_change(spec, "start"), smallest_change(spec, "admit")
     assert not start.prediction.admits_context
-    assert admit.prediction.admits_context
-    assert dict(admit.flags)["max_running_requests"] == "16"
+    assert admit is None
+    longest = longest_accepted(spec)
+    assert longest.prediction.admits_context
+    assert dict(longest.flags)["max_running_requests"] == "16"
+    tokens = int(dict(longest.flags)["context_length"])
+    few = spec.with_options(max_running_requests=16)
+    assert admits(few, tokens) and not admits(few, tokens + 1)
+    assert tokens > largest_context_that_starts(spec)[0]
+
+
+def test_a_slot_of_a_share_accepts_no_full_context_of_a_handful_of_tokens():
+    spec = pool_spec("static", 60_000).with_options(mem_fraction=0.5)
+    assert oom_points(spec).admit.ok < 128
+    assert smallest_change(spec, "admit") is None
+    longest = longest_accepted(spec)
+    assert dict(longest.flags)["mem_fraction"] == "1.0"
+    whole = spec.with_options(mem_fraction=1.0)
+    tokens = longest.spec.context_tokens
+    assert admits(whole, tokens) and not admits(whole, tokens + 1)
+    short = replace(spec, context_tokens=tokens // 2)
+    assert smallest_change(short, "admit").flags == (("mem_fraction", "1.0"),)
+    assert longest_accepted(replace(spec, context_tokens=100)) is None
 
 
 def test_bf16_is_told_to_use_fp8():
@@ -297,7 +317,9 @@ def test_nothing_is_changed_that_works_and_every_change_works():
         for goal in ("start", "admit"):
             change = smallest_change(spec, goal)
             if change is None:
-                assert starts(spec, 60_000) if goal == "start" else admits(spec, 60_000)
+                assert starts(spec, 60_000) if goal == "start" else not admits(spec, 60_000)
+                longest = longest_accepted(spec).spec.context_tokens
+                assert admits(spec, longest) and not admits(spec, longest + 1)
             else:
                 again = predict(change.spec.filled(0.0))
                 assert again.started and (goal == "start" or again.admits_context)
