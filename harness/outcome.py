@@ -69,6 +69,9 @@ def tell(
         decided = [c for c in decided if c["trials"]]
     if decided:
         print(f"\nClaims\n{verdict_table({**summary, 'claims': decided})}")
+    open_ = [c["id"] for c in summary["claims"] if c["verdict"] == "undecided"]
+    if open_:
+        print(f"\n{len(open_)} undecided: {', '.join(open_)}; report.md says what to run")
     for line in warnings(per_trial(folder.rows)) + _of_the_other(settings):
         print(f"\n{line}")
     pictures = [f for f in figures if f.suffix == ".png"]

@@ -32,13 +32,20 @@ def offloaded(here, away):
 
 
 END_OF_STATIC = row("static", 5_844_800, **NO_POOL)
+# 10M tokens filled to 10 %, and until a page was refused.
+UNTIL_REFUSED = [
+    REFUSED_FILL | {"kv_committed_bytes": 5_843_200 * 24_576},
+    full("paged", 10 * M, 0.1),
+]
 
 CASES = [
     # C1: 10M static, by the cost of a token
     ("C1", [row("static", **NO_POOL), row("static", **SMALL)], "conditional"),
     ("C1", [row("static", **NO_POOL), row("static", **SMALL, **NO_POOL)], "supported"),
     ("C1", [row("static"), row("static", **SMALL)], "refuted"),
-    ("C1", [row("static", **NO_POOL)], "undecided"),
+    ("C1", [row("static", **NO_POOL)], "conditional"),
+    ("C1", [row("static", **SMALL)], "conditional"),
+    ("C1", [row("static", 5 * M)], "undecided"),
     (
         "C1",
         [row("static", **NO_POOL), row("static", repeat=1), row("static", **SMALL, **NO_POOL)],
@@ -78,6 +85,29 @@ CASES = [
         "refuted",
     ),
     ("C4", [full("paged", 5 * M), full("paged", 5 * M, 0.1)], "undecided"),
+    ("C4", [*UNTIL_REFUSED, STATIC_EMPTY, full("static", 5 * M)], "supported"),
+    ("C4", [*UNTIL_REFUSED, row("static", 5 * M), full("static", 5 * M)], "refuted"),
+    (
+        "C4",  # a page pool that has all of its bytes at once
+        [
+            REFUSED_FILL | {"kv_committed_bytes": 130 * GIB},
+            full("paged", 10 * M, 0.1, kv_committed_bytes=130 * GIB),
+            STATIC_EMPTY,
+            full("static", 5 * M),
+        ],
+        "refuted",
+    ),
+    ("C4", [*UNTIL_REFUSED, full("static", 5 * M)], "undecided"),
+    (
+        "C4",  # two layouts are not one pool that grew
+        [
+            *(r | {"hybrid": n} for n, r in enumerate(UNTIL_REFUSED)),
+            STATIC_EMPTY,
+            full("static", 5 * M),
+        ],
+        "undecided",
+    ),
+    ("C4", [UNTIL_REFUSED[0], row("paged"), STATIC_EMPTY, full("static", 5 * M)], "undecided"),
     # C5: bytes of 10M tokens
     ("C5", [row("static", **NO_POOL)], "conditional"),
     ("C5", [row("static", **oom("pool", oom_requested_bytes=182_000_000_000))], "supported"),
@@ -140,6 +170,21 @@ def test_what_offloaded_weights_cost_is_told_where_it_was_measured():
     told = verdict("C15", [row("paged", **timed)])
     assert "123.4 ms" in told["condition"] and len(told["trials"]) == 1
     assert "123.4" not in verdict("C15", [row("paged", **timed, basis="scale_model")])["condition"]
+
+
+def test_one_cost_of_a_token_decides_c1_for_itself_only():
+    fails, begins = (verdict("C1", [row("static", **r)]) for r in (NO_POOL, SMALL))
+    assert fails["condition"].startswith("at 24 KiB a token it asks 228.9 GiB and cannot; ")
+    assert begins["condition"].startswith("at 12 KiB a token it starts; ")
+    assert (fails["measured"], begins["measured"]) == ("asks 228.88 GiB", "starts")
+    assert all("other costs of a token: run" in c["condition"] for c in (fails, begins))
+
+
+def test_c4_says_between_which_lengths_memory_grew():
+    found = verdict("C4", [*UNTIL_REFUSED, STATIC_EMPTY, full("static", 5 * M)])
+    assert "1,000,000 of 5,843,200 tokens (17.1%) paged commits 17.1%" in found["condition"]
+    assert "static with 0 of 5,000,000 100%" in found["condition"]
+    assert found["measured"] is None  # its unit is 10 and 100 %
 
 
 def test_c14_says_what_fits_only_where_it_was_filled():
