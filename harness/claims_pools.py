@@ -30,7 +30,6 @@ REPORTED_FRACTION = 0.78  # of the context, with which the report counts
 SAME_FIGURE = 0.02
 PROPORTIONAL = 1.2  # bytes grow no more than so much above the tokens: whole chunks
 LITTLE = 0.05  # of what a static pool holds
-FRAGMENTED = 0.05  # of K/V memory that no request can have
 RUN_CLAIMS = "experiment=claims"
 
 
@@ -251,29 +250,3 @@ def _fractions(rows: list[Row]) -> str:
         room = "" if whole else ", with too small a pool to admit a request of 10M"
         said.append(f"{fractions} start{room}")
     return " and ".join(said)
-
-
-def fragmentation(evidence: Evidence) -> Verdict:
-    """C12: live share of K/V memory under a trace, static slots beside pages."""
-    rows = [r for r in evidence.every if r.get("live_share") is not None]
-    static = [r for r in rows if r["strategy"] == "static" and r["slot_policy"] == "max"]
-    paged = [r for r in rows if r["strategy"] == "paged"]
-    if not static or not paged:
-        return undecided("experiment=waste")
-    least, most = min(r["live_share"] for r in static), max(r["live_share"] for r in paged)
-    external = max(r.get("external_share") or 0 for r in static)
-    if most <= least:
-        return Verdict(REFUTED, "paging wastes no less", tuple(static + paged), least / most)
-    if external >= FRAGMENTED:
-        verdict = SUPPORTED
-        text = (
-            f"{external:.1%} of the memory of static slots is lost to fragmentation; live are "
-            f"{least:.0%}, against {most:.0%} with pages"
-        )
-    else:
-        verdict = CONDITIONAL
-        text = (
-            f"what static slots lose is reserved and internal space, not fragmentation: {least:.0%}"
-            f" of their memory is live ({external:.1%} external), against {most:.0%} with pages"
-        )
-    return Verdict(verdict, text, tuple(static + paged), round(least / most, 3))

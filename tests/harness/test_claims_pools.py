@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harness.plots_sharing import SHARES
 from tests.harness.claim_rows import (
     GIB,
     GROWTH,
@@ -141,7 +142,17 @@ CASES = [
     ("C12", [waste("static", 0.1), waste("paged", 0.9)], "conditional"),
     ("C12", [waste("static", 0.5, external_share=0.4), waste("paged", 0.9)], "supported"),
     ("C12", [waste("static", 0.9), waste("paged", 0.8)], "refuted"),
+    (
+        "C12",  # slots of one size lose nothing between them, those of many do
+        [
+            waste("static", 0.1),
+            waste("static", 0.5, slot_policy="pow2", external_share=0.1),
+            waste("paged", 0.9),
+        ],
+        "conditional",
+    ),
     ("C12", [waste("paged", 0.8)], "undecided"),
+    ("C12", [waste("static", 0.5, slot_policy="pow2"), waste("paged", 0.8)], "undecided"),
     # C14: on demand
     ("C14", [row("paged"), row("static", **NO_POOL)], "supported"),
     ("C14", [row("paged"), row("static")], "refuted"),
@@ -185,6 +196,23 @@ def test_c4_says_between_which_lengths_memory_grew():
     assert "1,000,000 of 5,843,200 tokens (17.1%) paged commits 17.1%" in found["condition"]
     assert "static with 0 of 5,000,000 100%" in found["condition"]
     assert found["measured"] is None  # its unit is 10 and 100 %
+
+
+def test_c12_quotes_every_slot_policy_in_the_words_of_the_figure():
+    rows = [
+        waste("static", 0.09, internal_share=0.895, external_share=0.004),
+        waste("static", 0.55, slot_policy="pow2", internal_share=0.28, external_share=0.096),
+        waste("static", 0.74, slot_policy="exact", internal_share=0.04, external_share=0.112),
+        waste("paged", 0.95, internal_share=0.01, external_share=0.001),
+    ]
+    found = verdict("C12", rows)
+    names = [SHARES[f"{part}_share"][0] for part in ("live", "internal", "external")]
+    assert found["condition"] == (
+        f"external fragmentation with slots pow2 and exact only; {' / '.join(names)}: "
+        "static slots max 9.0% / 89.5% / 0.4%; static slots pow2 55.0% / "
+        "28.0% / 9.6%; static slots exact 74.0% / 4.0% / 11.2%; pages 95.0% / 1.0% / 0.1%"
+    )
+    assert set(found["trials"]) == {r["trial_id"] for r in rows}
 
 
 def test_c14_says_what_fits_only_where_it_was_filled():
