@@ -1,8 +1,8 @@
 """The report's claims, each a rule over rows; none knows its verdict before it has read them.
 
 The rules are in :mod:`harness.claims_pools` (the report's two ideas), :mod:`harness.claims_ends`
-(where each ends), :mod:`harness.claims_engines`, :mod:`harness.claims_graphs` (the engines' code)
-and :mod:`harness.claims_planned` (arithmetic).
+(where each ends), :mod:`harness.claims_sharing` (many sequences), :mod:`harness.claims_engines`,
+:mod:`harness.claims_graphs` (the engines' code) and :mod:`harness.claims_planned` (arithmetic).
 """
 
 from __future__ import annotations
@@ -11,7 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from harness import claims_ends, claims_engines, claims_graphs, claims_planned, claims_pools
+from harness import (
+    claims_ends,
+    claims_engines,
+    claims_graphs,
+    claims_planned,
+    claims_pools,
+    claims_sharing,
+)
 from harness.evidence import UNDECIDED, Evidence, Verdict, basis_of
 from harness.rows import Row
 
@@ -130,7 +137,7 @@ CLAIMS: tuple[Claim, ...] = (
         "Static pre-allocation fragments; paging does not",
         None,
         "share of KV memory that is live, static / paged",
-        claims_pools.fragmentation,
+        claims_sharing.fragmentation,
     ),
     Claim(
         "C13",

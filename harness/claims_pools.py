@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from harness.evidence import (
     CONDITIONAL,
     MILLIONS_10,
@@ -19,14 +21,15 @@ from harness.evidence import (
     whole_context,
 )
 from harness.rows import Row
+from harness.summary import ARM_KEYS
 
 REPORTED_GB_FOR_10M = 182.0
 GB = 1e9
 REPORTED_GB = 1000 * 2**20  # the report reads 0.0234 MiB as MB, and a thousand of them as a GB
 REPORTED_FRACTION = 0.78  # of the context, with which the report counts
 SAME_FIGURE = 0.02
+PROPORTIONAL = 1.2  # bytes grow no more than so much above the tokens: whole chunks
 LITTLE = 0.05  # of what a static pool holds
-FRAGMENTED = 0.05  # of K/V memory that no request can have
 RUN_CLAIMS = "experiment=claims"
 
 
@@ -47,18 +50,20 @@ def static_cannot_start(evidence: Evidence) -> Verdict:
     by_cost = _by_token_cost(rows)
     bad = [c for c, own in by_cost.items() if not any(map(starts, own))]
     good = [c for c, own in by_cost.items() if all(map(starts, own))]
-    if len(by_cost) < 2:
+    if not rows:
         return undecided(f"{RUN_CLAIMS} (10M static at 24 and at 12 KiB a token)")
     asked = max(gib_of(r, "oom_requested_bytes") for r in rows)
-    if len(bad) == len(by_cost):
-        return Verdict(SUPPORTED, f"at {_costs(bad)}", tuple(rows), f"asks {asked:.2f} GiB")
-    if len(good) == len(by_cost):
-        return Verdict(REFUTED, f"it starts at {_costs(good)}", tuple(rows), "starts")
+    measured = "starts" if len(good) == len(by_cost) else f"asks {asked:.2f} GiB"
+    if len(by_cost) > 1 and len(bad) == len(by_cost):
+        return Verdict(SUPPORTED, f"at {_costs(bad)}", tuple(rows), measured)
+    if len(by_cost) > 1 and len(good) == len(by_cost):
+        return Verdict(REFUTED, f"it starts at {_costs(good)}", tuple(rows), measured)
     mixed = [c for c in by_cost if c not in good + bad]
     said = [f"at {_costs(bad)} it asks {asked:.1f} GiB and cannot"] if bad else []
     said += [f"at {_costs(good)} it starts"] if good else []
     said += [f"at {_costs(mixed)} some trials start and some do not"] if mixed else []
-    return Verdict(CONDITIONAL, "; ".join(said), tuple(rows), f"asks {asked:.2f} GiB")
+    said += [f"at other costs of a token: run {RUN_CLAIMS}"] if len(by_cost) == 1 else []
+    return Verdict(CONDITIONAL, "; ".join(said), tuple(rows), measured)
 
 
 def paged_starts(evidence: Evidence) -> Verdict:
@@ -110,7 +115,10 @@ def held_at_startup(evidence: Evidence) -> Verdict:
 
 
 def growth_with_length(evidence: Evidence) -> Verdict:
-    """C4: committed bytes at two fills of one context."""
+    """C4: committed bytes at two fills of one context.
+
+    10 and 100 % where both were filled, else the least and the most that a context held.
+    """
     ratios: dict[str, list[float]] = {"paged": [], "static": []}
     used: list[Row] = []
     for strategy, own in ratios.items():
@@ -122,9 +130,9 @@ def growth_with_length(evidence: Evidence) -> Verdict:
                 own.append(row["kv_committed_bytes"] / whole["kv_committed_bytes"])
                 used += [row, whole]
     if not ratios["paged"] or not ratios["static"]:
-        return undecided(f"{RUN_CLAIMS} (one context filled to 10 and to 100 %, both strategies)")
+        return _growth_of_any(evidence)
     paged, static = max(ratios["paged"]), min(ratios["static"])
-    holds = paged < 0.12 and static == 1.0
+    holds = paged < PROPORTIONAL * 0.1 and static == 1.0
     return Verdict(
         SUPPORTED if holds else REFUTED,
         f"at 10 % of the length paged commits {paged:.1%} of what it commits at 100 %, "
@@ -132,6 +140,41 @@ def growth_with_length(evidence: Evidence) -> Verdict:
         tuple(used),
         round(paged, 4),
     )
+
+
+def _growth_of_any(evidence: Evidence) -> Verdict:
+    """C4 from contexts that were filled to other lengths, or until they were refused."""
+    paged = _least_and_most(r for r in evidence.of("paged", starts) if r["resident_tokens"])
+    static = _least_and_most(evidence.of("static", starts))
+    if paged is None or static is None:
+        return undecided(f"{RUN_CLAIMS} (one context filled to 10 and to 100 %, both strategies)")
+    (few, many), (empty, whole) = paged, static
+    length = few["resident_tokens"] / many["resident_tokens"]
+    grown = few["kv_committed_bytes"] / many["kv_committed_bytes"]
+    flat = empty["kv_committed_bytes"] / whole["kv_committed_bytes"]
+    return Verdict(
+        SUPPORTED if grown < PROPORTIONAL * length and flat == 1.0 else REFUTED,
+        f"with {few['resident_tokens']:,} of {many['resident_tokens']:,} tokens ({length:.1%}) "
+        f"paged commits {grown:.1%} of what it then commits; static with "
+        f"{empty['resident_tokens']:,} of {whole['resident_tokens']:,} {flat:.0%}",
+        (*paged, *static),
+    )
+
+
+def _least_and_most(rows: Iterable[Row]) -> tuple[Row, Row] | None:
+    """Of one context, the rows with the fewest and with the most tokens, twice as many or more."""
+    of: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        if row["sequences"] == 1 and row["resident_tokens"] is not None:
+            same = row["context_tokens"], *(row.get(key) for key in ARM_KEYS)
+            of.setdefault(same, []).append(row)
+    ends = [[pick(own, key=_tokens) for pick in (min, max)] for own in of.values()]
+    far = [(few, many) for few, many in ends if _tokens(many) >= 2 * max(1, _tokens(few))]
+    return max(far, key=lambda pair: _tokens(pair[1]), default=None)
+
+
+def _tokens(row: Row) -> int:
+    return int(row["resident_tokens"])
 
 
 def _same_bytes(row: Row) -> tuple[object, ...]:
@@ -207,29 +250,3 @@ def _fractions(rows: list[Row]) -> str:
         room = "" if whole else ", with too small a pool to admit a request of 10M"
         said.append(f"{fractions} start{room}")
     return " and ".join(said)
-
-
-def fragmentation(evidence: Evidence) -> Verdict:
-    """C12: live share of K/V memory under a trace, static slots beside pages."""
-    rows = [r for r in evidence.every if r.get("live_share") is not None]
-    static = [r for r in rows if r["strategy"] == "static" and r["slot_policy"] == "max"]
-    paged = [r for r in rows if r["strategy"] == "paged"]
-    if not static or not paged:
-        return undecided("experiment=waste")
-    least, most = min(r["live_share"] for r in static), max(r["live_share"] for r in paged)
-    external = max(r.get("external_share") or 0 for r in static)
-    if most <= least:
-        return Verdict(REFUTED, "paging wastes no less", tuple(static + paged), least / most)
-    if external >= FRAGMENTED:
-        verdict = SUPPORTED
-        text = (
-            f"{external:.1%} of the memory of static slots is lost to fragmentation; live are "
-            f"{least:.0%}, against {most:.0%} with pages"
-        )
-    else:
-        verdict = CONDITIONAL
-        text = (
-            f"what static slots lose is reserved and internal space, not fragmentation: {least:.0%}"
-            f" of their memory is live ({external:.1%} external), against {most:.0%} with pages"
-        )
-    return Verdict(verdict, text, tuple(static + paged), round(least / most, 3))

@@ -17,6 +17,11 @@ from harness.sizes import gib, mib, tokens_text
 DIED = ("crash", "timeout", "oom_host", "invalid")
 MAX_WARNINGS = 10
 
+# Experiments whose context is a question of its own: other ones have it for their workload's sake.
+OF_CONTEXTS = ("sweep", "headline")
+LONG_TOKENS = 1_000_000  # root_cause runs this and shorter contexts anyway
+LONGEST = "10M"
+
 OTHER = {
     "static": "paged",
     "paged": "static",
@@ -69,13 +74,16 @@ def tell(
         decided = [c for c in decided if c["trials"]]
     if decided:
         print(f"\nClaims\n{verdict_table({**summary, 'claims': decided})}")
+    open_ = [c["id"] for c in summary["claims"] if c["verdict"] == "undecided"]
+    if open_:
+        print(f"\n{len(open_)} undecided: {', '.join(open_)}; report.md says what to run")
     for line in warnings(per_trial(folder.rows)) + _of_the_other(settings):
         print(f"\n{line}")
     pictures = [f for f in figures if f.suffix == ".png"]
     if pictures:
         print("\nfigures  " + "\n         ".join(str(f) for f in pictures))
     print(f"report   {folder.path / 'report.md'}")
-    print(f"next     {_next_command(folder, settings)}")
+    print(f"next     {next_command(folder.path, settings)}")
 
 
 def warnings(rows: list[Row]) -> list[str]:
@@ -111,7 +119,7 @@ def _of_the_other(settings: list[Settings]) -> list[str]:
         return [f"planned  {other}: {error}"]
 
 
-def _next_command(folder: RunFolder, settings: list[Settings]) -> str:
+def next_command(folder: Path, settings: list[Settings]) -> str:
     """The other strategy with the same words; after both, the engines; after those, the claims."""
     first = settings[0]
     other = OTHER[first.strategy]
@@ -121,7 +129,9 @@ def _next_command(folder: RunFolder, settings: list[Settings]) -> str:
         words = [f"strategy={first.strategy},{other}", f"context={context}", *own]
         return f"python -m harness -m {shlex.join(words)}"
     if first.experiment == "claims":
-        return f"python -m harness.report {shlex.quote(str(folder.path))}"
+        return f"python -m harness.report {shlex.quote(str(folder))}"
     if first.experiment in ("root_cause", "real_engines"):
         return "python -m harness experiment=claims"
+    if first.experiment not in OF_CONTEXTS or first.context_tokens <= LONG_TOKENS:
+        context = LONGEST
     return f"python -m harness experiment=root_cause context={context}"

@@ -11,13 +11,13 @@ from harness import style
 from harness.plots_memory import SCALE_TEXT
 from harness.runs import trials
 from harness.series import is_scale_model, series
+from harness.shares import SPOKEN
 from harness.tabular import known
 
+COLOURS = (style.SKY, style.GREY, style.YELLOW, style.PLUM)
 SHARES = {
-    "live_share": ("holds tokens", style.SKY),
-    "reserved_share": ("reserved for later", style.GREY),
-    "internal_share": ("internal fragmentation", style.YELLOW),
-    "external_share": ("external and other", style.PLUM),
+    f"{name}_share": (spoken, colour)
+    for (name, spoken), colour in zip(SPOKEN.items(), COLOURS, strict=True)
 }
 # Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention",
 # SOSP 2023, figure 2: per cent of KV memory, in the order of SHARES.

@@ -15,7 +15,14 @@ from dataclasses import dataclass
 
 from strategies.strategy import Strategy
 
-NAMES = ("live", "reserved", "internal", "external")
+# How figures and verdicts name the parts.
+SPOKEN = {
+    "live": "holds tokens",
+    "reserved": "reserved for later",
+    "internal": "internal fragmentation",
+    "external": "external and other",
+}
+NAMES = tuple(SPOKEN)
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,6 @@ SMALL = {"model": "qwen3_30b_a3b"}
 FRACTIONS = {"mem_fraction_of": "context"}
 OF_DEVICE = {"mem_fraction_of": "device"}
 FEW = {"max_running_requests": 16}
-OFF = {"max_running_requests": 16, "disable_cuda_graph": True}
 SHORT = 131_072
 
 
@@ -125,11 +124,13 @@ def sglang(pool_at_10m, few=None, default=None):
     ]
 
 
-def graphs(saved_gib):
+def graphs(saved_gib, requests=128):
     """SGLang with and without CUDA graphs."""
     peaks = {"peak_device_bytes": 130 * GIB}
     less = {"peak_device_bytes": int((130 - saved_gib) * GIB)}
-    return [row("sglang", options=FEW, **peaks), row("sglang", options=OFF, **less)]
+    on = {"max_running_requests": requests}
+    off = {**on, "disable_cuda_graph": True}
+    return [row("sglang", options=on, **peaks), row("sglang", options=off, **less)]
 
 
 def vllm(flat=None, small=None, held=120):

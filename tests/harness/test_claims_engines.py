@@ -39,6 +39,8 @@ CASES = [
     # C13: CUDA graphs
     ("C13", graphs(6), "supported"),
     ("C13", graphs(1), "refuted"),
+    ("C13", graphs(1, requests=16), "undecided"),
+    ("C13", graphs(6, requests=16) + graphs(1), "conditional"),
     (
         "C13",
         graphs(6) + [r | {"context_tokens": SHORT} for r in graphs(1)],
@@ -93,6 +95,15 @@ def test_c13_names_what_lies_in_the_reported_range():
     assert "8 MiB" not in found["condition"]
     emulated = [r | {"emulated_version": "0.5.12.post1"} for r in rows]
     assert "8 MiB each, an estimate" in verdict("C13", emulated)["condition"]
+
+
+def test_c13_waits_for_many_requests_and_says_what_few_save():
+    few = graphs(1, requests=16)
+    told = verdict("C13", few)["condition"]
+    assert "with 128 requests" in told and "save 1.07 to 1.07 GB" in told
+    # Starts of the engine itself with few requests do not hide emulated ones with many.
+    real = [r | {"engine_version": "0.5.12.post1"} for r in few]
+    assert verdict("C13", real + graphs(6))["verdict"] == "supported"
 
 
 def test_c13_says_what_failing_starts_do_without_graphs_only_where_they_were_tried():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from harness.plots_sharing import SHARES
 from tests.harness.claim_rows import (
     GIB,
     GROWTH,
@@ -32,13 +33,20 @@ def offloaded(here, away):
 
 
 END_OF_STATIC = row("static", 5_844_800, **NO_POOL)
+# 10M tokens filled to 10 %, and until a page was refused.
+UNTIL_REFUSED = [
+    REFUSED_FILL | {"kv_committed_bytes": 5_843_200 * 24_576},
+    full("paged", 10 * M, 0.1),
+]
 
 CASES = [
     # C1: 10M static, by the cost of a token
     ("C1", [row("static", **NO_POOL), row("static", **SMALL)], "conditional"),
     ("C1", [row("static", **NO_POOL), row("static", **SMALL, **NO_POOL)], "supported"),
     ("C1", [row("static"), row("static", **SMALL)], "refuted"),
-    ("C1", [row("static", **NO_POOL)], "undecided"),
+    ("C1", [row("static", **NO_POOL)], "conditional"),
+    ("C1", [row("static", **SMALL)], "conditional"),
+    ("C1", [row("static", 5 * M)], "undecided"),
     (
         "C1",
         [row("static", **NO_POOL), row("static", repeat=1), row("static", **SMALL, **NO_POOL)],
@@ -78,6 +86,29 @@ CASES = [
         "refuted",
     ),
     ("C4", [full("paged", 5 * M), full("paged", 5 * M, 0.1)], "undecided"),
+    ("C4", [*UNTIL_REFUSED, STATIC_EMPTY, full("static", 5 * M)], "supported"),
+    ("C4", [*UNTIL_REFUSED, row("static", 5 * M), full("static", 5 * M)], "refuted"),
+    (
+        "C4",  # a page pool that has all of its bytes at once
+        [
+            REFUSED_FILL | {"kv_committed_bytes": 130 * GIB},
+            full("paged", 10 * M, 0.1, kv_committed_bytes=130 * GIB),
+            STATIC_EMPTY,
+            full("static", 5 * M),
+        ],
+        "refuted",
+    ),
+    ("C4", [*UNTIL_REFUSED, full("static", 5 * M)], "undecided"),
+    (
+        "C4",  # two layouts are not one pool that grew
+        [
+            *(r | {"hybrid": n} for n, r in enumerate(UNTIL_REFUSED)),
+            STATIC_EMPTY,
+            full("static", 5 * M),
+        ],
+        "undecided",
+    ),
+    ("C4", [UNTIL_REFUSED[0], row("paged"), STATIC_EMPTY, full("static", 5 * M)], "undecided"),
     # C5: bytes of 10M tokens
     ("C5", [row("static", **NO_POOL)], "conditional"),
     ("C5", [row("static", **oom("pool", oom_requested_bytes=182_000_000_000))], "supported"),
@@ -111,7 +142,17 @@ CASES = [
     ("C12", [waste("static", 0.1), waste("paged", 0.9)], "conditional"),
     ("C12", [waste("static", 0.5, external_share=0.4), waste("paged", 0.9)], "supported"),
     ("C12", [waste("static", 0.9), waste("paged", 0.8)], "refuted"),
+    (
+        "C12",  # slots of one size lose nothing between them, those of many do
+        [
+            waste("static", 0.1),
+            waste("static", 0.5, slot_policy="pow2", external_share=0.1),
+            waste("paged", 0.9),
+        ],
+        "conditional",
+    ),
     ("C12", [waste("paged", 0.8)], "undecided"),
+    ("C12", [waste("static", 0.5, slot_policy="pow2"), waste("paged", 0.8)], "undecided"),
     # C14: on demand
     ("C14", [row("paged"), row("static", **NO_POOL)], "supported"),
     ("C14", [row("paged"), row("static")], "refuted"),
@@ -140,6 +181,38 @@ def test_what_offloaded_weights_cost_is_told_where_it_was_measured():
     told = verdict("C15", [row("paged", **timed)])
     assert "123.4 ms" in told["condition"] and len(told["trials"]) == 1
     assert "123.4" not in verdict("C15", [row("paged", **timed, basis="scale_model")])["condition"]
+
+
+def test_one_cost_of_a_token_decides_c1_for_itself_only():
+    fails, begins = (verdict("C1", [row("static", **r)]) for r in (NO_POOL, SMALL))
+    assert fails["condition"].startswith("at 24 KiB a token it asks 228.9 GiB and cannot; ")
+    assert begins["condition"].startswith("at 12 KiB a token it starts; ")
+    assert (fails["measured"], begins["measured"]) == ("asks 228.88 GiB", "starts")
+    assert all("other costs of a token: run" in c["condition"] for c in (fails, begins))
+
+
+def test_c4_says_between_which_lengths_memory_grew():
+    found = verdict("C4", [*UNTIL_REFUSED, STATIC_EMPTY, full("static", 5 * M)])
+    assert "1,000,000 of 5,843,200 tokens (17.1%) paged commits 17.1%" in found["condition"]
+    assert "static with 0 of 5,000,000 100%" in found["condition"]
+    assert found["measured"] is None  # its unit is 10 and 100 %
+
+
+def test_c12_quotes_every_slot_policy_in_the_words_of_the_figure():
+    rows = [
+        waste("static", 0.09, internal_share=0.895, external_share=0.004),
+        waste("static", 0.55, slot_policy="pow2", internal_share=0.28, external_share=0.096),
+        waste("static", 0.74, slot_policy="exact", internal_share=0.04, external_share=0.112),
+        waste("paged", 0.95, internal_share=0.01, external_share=0.001),
+    ]
+    found = verdict("C12", rows)
+    names = [SHARES[f"{part}_share"][0] for part in ("live", "internal", "external")]
+    assert found["condition"] == (
+        f"external fragmentation with slots pow2 and exact only; {' / '.join(names)}: "
+        "static slots max 9.0% / 89.5% / 0.4%; static slots pow2 55.0% / "
+        "28.0% / 9.6%; static slots exact 74.0% / 4.0% / 11.2%; pages 95.0% / 1.0% / 0.1%"
+    )
+    assert set(found["trials"]) == {r["trial_id"] for r in rows}
 
 
 def test_c14_says_what_fits_only_where_it_was_filled():

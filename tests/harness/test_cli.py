@@ -127,6 +127,12 @@ def test_the_last_words_say_what_was_found_and_what_next(ten_million):
     assert "scale model" in out and "speeds do not" in out
     assert "228.94 GiB" in out
     assert "next     python -m harness experiment=root_cause context=10M" in out
+    claims = read_json(ten_million.folder / "summary.json")["claims"]
+    left = [c["id"] for c in claims if c["verdict"] == "undecided"]
+    assert "C7" in left and "C1" not in left
+    assert f"{len(left)} undecided: {', '.join(left)}; report.md says what to run" in out
+    report = (ten_million.folder / "report.md").read_text()
+    assert report.count("| undecided |") == report.count("| run: ") == len(left)
     assert "planned" not in out  # both were run
     assert str(ten_million.folder / "report.md") in out
 

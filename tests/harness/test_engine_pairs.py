@@ -168,10 +168,12 @@ def test_graphs_off_are_judged_by_the_engine_itself(run):
         "peak_device_bytes": few["peak_device_bytes"] - (1 << 30),
     }
     found = verdicts([*run.rows, off])["C13"]
-    assert found["verdict"] == "refuted" and found["measured"] == 1.07  # GB
-    assert found["basis"] == "measured on the engine, version 0.5.12.post1"
+    assert found["verdict"] == "undecided"  # with 16 requests graphs cannot cost much
+    assert "save 1.07 to 1.07 GB" in found["condition"]
     more = off | {"peak_device_bytes": few["peak_device_bytes"] - (6 << 30)}
-    assert verdicts([*run.rows, more])["C13"]["verdict"] == "supported"
+    found = verdicts([*run.rows, more])["C13"]
+    assert found["verdict"] == "supported" and found["measured"] == 6.44  # GB
+    assert found["basis"] == "measured on the engine, version 0.5.12.post1"
 
 
 def test_vllms_auto_is_no_start_at_ten_million(run):
