@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from harness import check_numbers, check_origin, check_rules
 from harness.arguments import OneLineParser
 from harness.check_rules import Result
+from harness.closed_pipe import ends_quietly
 from harness.runs import Run, load_runs
 from harness.tabular import Table
 
@@ -51,6 +52,7 @@ def check_table(run: Run, results: dict[str, Result] | None = None) -> str:
     return Table(run.folder.name, ("check", "result", "reason"), lines).text({"reason": 76})
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print each run's checks; 0 when none failed, 1 when one did, 2 for a folder that is none."""
     parser = OneLineParser(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness import hydra_flags
+from harness.closed_pipe import ends_quietly
 from harness.compose import as_typed
 from harness.folder import FolderError
 from harness.lock import Busy
@@ -22,6 +23,7 @@ from harness.sizes import BadValue, printable
 MULTIRUN_FLAGS = ("-m", "--multirun")
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -18,6 +18,7 @@ import pandas as pd
 
 from harness import style
 from harness.arguments import OneLineParser
+from harness.closed_pipe import ends_quietly
 from harness.pairing import MEMORY, METRICS, Pairs, Ratio, cell_names, pair, ratios
 from harness.plots_compare import figure_compare
 from harness.runs import Run, RunError, clean, load_run, lookup, read_text, write_file
@@ -26,7 +27,10 @@ from harness.tabular import EMPTY, Table, figure_of, gib
 
 OUT = Path("results/runs/compare")
 PROVENANCE = (("git", "commit"), ("git", "dirty"), ("git", "diff_sha"), ("config_hash",))
-SCALE_NOTE = "Rows of the scale model: bytes are the modelled device's; speeds are no GPU's."
+SCALE_NOTE = (
+    "Rows of the scale model: bytes are the modelled device's; no speed is a GPU's, whatever its "
+    "ratio."
+)
 
 
 def ratio_table(found: Sequence[Ratio], a: str, b: str) -> Table:
@@ -126,6 +130,7 @@ def arms(
     return sides[0], sides[1]
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print and write a comparison; 0, 1 when no cell can be compared, or 2 for bad input."""
     options = _parser().parse_args(arguments)
@@ -183,7 +188,9 @@ def compare(
     if pairs.both.empty:
         raise RunError(f"{name_a} and {name_b} share no cell; allowed: runs of the same cells")
     found = ratios(pairs)
-    parts = [
+    on_host = is_scale_model(rows_a) or is_scale_model(rows_b)
+    parts = [f"{SCALE_NOTE}\n"] if on_host else []
+    parts += [
         table.text({"A": 40, "B": 40}) + "\n"
         for table in (changed_table(pairs, first, second or first), end_table(pairs))
         if table.rows
@@ -192,8 +199,6 @@ def compare(
         table = ratio_table(found, name_a, name_b)
         parts.append(table.text({"at the 2 % gate": 36, "cell": 40}))
     parts.append(f"{len(pairs.both)} pairs; without one: {pairs.only_a} of A, {pairs.only_b} of B.")
-    if is_scale_model(rows_a) or is_scale_model(rows_b):
-        parts.append(SCALE_NOTE)
     return "\n".join(parts), found, (name_a, name_b)
 
 

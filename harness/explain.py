@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from harness.arguments import OneLineParser
+from harness.closed_pipe import ends_quietly
 from harness.explain_differs import disagreements
 from harness.explain_formula import request_table_answer
 from harness.explain_launch import Launch, parse_command
@@ -31,6 +32,7 @@ from harness.sizes import BadValue, gib
 ENGINE_NAMES = {"sglang": "SGLang", "vllm": "vLLM"}
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = OneLineParser(

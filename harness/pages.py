@@ -22,6 +22,7 @@ import pandas as pd
 
 from harness import check, tables
 from harness.arguments import OneLineParser
+from harness.closed_pipe import ends_quietly
 from harness.engines.section import engines
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
@@ -158,6 +159,7 @@ def renewed(page: Path) -> str:
     return MARKED.sub(made, page.read_text(encoding="utf-8"))
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrite the pages; 0, or 2 for bad input."""
     parser = OneLineParser(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from harness.closed_pipe import ends_quietly
 from harness.compose import as_typed, expand
 from harness.forecast import check, plan_spec
 from harness.planner import largest_context_that_starts, oom_points, predict
@@ -36,6 +37,7 @@ SCHEMA = 1
 LOOK_BEYOND = 16
 
 
+@ends_quietly
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)

@@ -11,6 +11,7 @@ import pandas as pd
 
 from harness import tables
 from harness.arguments import OneLineParser
+from harness.closed_pipe import ends_quietly
 from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
 from harness.remedies import remedies_table
@@ -219,6 +220,7 @@ def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
     ]
 
 
+@ends_quietly
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report of those folders that are runs; 0, or 2 when one is none."""
     parser = OneLineParser(

@@ -59,7 +59,7 @@ def run_job(folder: RunFolder, settings: Settings, words: list[str]) -> None:
 def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> None:
     hardware = settings[0].hardware
     what = (
-        f"scale model of an {hardware.device_name}, 1:{settings[0].scale}, real bytes on this "
+        f"scale model of an {hardware.device_name}, {scales(settings)}, real bytes on this "
         "machine; OOM points transfer, speeds do not"
         if settings[0].on_host
         else hardware.device_name
@@ -73,6 +73,18 @@ def _announce(folder: RunFolder, settings: list[Settings], resumed: bool) -> Non
         print(f"device   {what}")
     was = f" (resumed, {len(folder.rows)} rows)" if resumed else ""
     print(f"results  {folder.path}{was}", flush=True)
+
+
+def scales(settings: list[Settings]) -> str:
+    """``1:192``; where models have scales of their own, ``1:192 (report), 1:96 (…)``."""
+    models: dict[int, list[str]] = {}
+    for one in settings:
+        own = models.setdefault(one.scale, [])
+        if one.model.name not in own:
+            own.append(one.model.name)
+    if len(models) == 1:
+        return f"1:{settings[0].scale}"
+    return ", ".join(f"1:{scale} ({', '.join(own)})" for scale, own in models.items())
 
 
 def begin(folder: RunFolder, settings: list[Settings], words: list[str], experiment: str) -> None:
@@ -98,9 +110,10 @@ def _config_yaml(settings: list[Settings]) -> str:
 
 
 def _measure(folder: RunFolder, settings: list[Settings]) -> None:
-    progress = Progress()
+    progress = Progress(settings)
     try:
         Run(folder, settings, progress, on_row=progress.row).execute()
+        progress.done()
     except KeyboardInterrupt:
         folder.write_json("summary.json", summarise(folder.rows, []))
         raise
