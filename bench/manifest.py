@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shlex
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.hardware import seen_gpu
-from harness.provenance import now_utc, surroundings
+from harness.provenance import installed, now_utc, surroundings
 from harness.runs import clean, dicts, lookup, write_file
 
 NAME = "manifest.json"
@@ -43,7 +42,7 @@ class Manifest:
         """Close it; ``peers`` says of each peer what was loaded, or why it was not."""
         later = surroundings()
         self.content |= {
-            "peers": peers | _peer_versions(),
+            "peers": peers | installed(PEER_PACKAGES),
             "gpus_after": later["gpus"],
             "finished_utc": now_utc(),
         }
@@ -51,16 +50,6 @@ class Manifest:
 
     def _write(self) -> None:
         write_file(self.path, json.dumps(self.content, indent=1) + "\n")
-
-
-def _peer_versions() -> dict[str, str]:
-    found = {}
-    for package in PEER_PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def beside(results: Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from harness.fill import STEP_TOKENS
 from harness.planner_spec import PlanItem, PlanSpec
@@ -33,17 +33,16 @@ class Pool:
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """Whether committed (or reserved) chunks have the pages for it."""
-        return all(
-            sequences * self.pages(g, tokens) <= c * g.pages_per_chunk
-            for g, c in zip(self.model.groups, self.chunks, strict=True)
-        )
+        return self.has([sequences * self.pages(g, tokens) for g in self.model.groups])
+
+    def has(self, pages: list[int]) -> bool:
+        """Whether committed (or reserved) chunks have so many pages of each group."""
+        groups = zip(pages, self.chunks, self.model.groups, strict=True)
+        return all(n <= chunks * g.pages_per_chunk for n, chunks, g in groups)
 
     def bytes_of(self, tokens: int, sequences: int) -> int:
         """Bytes of the chunks behind ``sequences`` sequences of ``tokens`` tokens."""
-        return sum(
-            sizing.pool_chunks(g, sizing.window_tokens(g, tokens), sequences) * g.chunk_bytes
-            for g in self.model.groups
-        )
+        return sizing.live_bytes(self.model, tokens, sequences)
 
     def admitted(self, spec: PlanSpec, walk: Walk) -> bool:
         """Whether a request of the full context would be accepted."""
@@ -73,7 +72,7 @@ class Pool:
         """Chunks of each group for so many pages of it, side by side."""
         return [-(-n // g.pages_per_chunk) for n, g in zip(pages, self.model.groups, strict=True)]
 
-    def nbytes(self, chunks: list[int]) -> int:
+    def nbytes(self, chunks: Sequence[int]) -> int:
         """Bytes of chunks of each group."""
         return sum(n * g.chunk_bytes for n, g in zip(chunks, self.model.groups, strict=True))
 
@@ -135,11 +134,7 @@ class _Held:
         pages = self.pool.pages_of(whole, self.target, tokens, max(0, tokens - self.page))
         if self.pool.lazy:
             return self.pool.nbytes(self.pool.chunks_of(pages)) <= self.free_bytes
-        groups = self.pool.model.groups
-        return all(
-            n <= chunks * g.pages_per_chunk
-            for n, chunks, g in zip(pages, self.pool.chunks, groups, strict=True)
-        )
+        return self.pool.has(pages)
 
 
 def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: int = 0) -> None:

@@ -36,7 +36,7 @@ def predict_pool_strategy(spec: PlanSpec) -> Prediction:
 
 
 def _commit(walk: Walk, pool: Pool) -> None:
-    nbytes = sum(c * g.chunk_bytes for g, c in zip(pool.model.groups, pool.chunks, strict=True))
+    nbytes = pool.nbytes(pool.chunks)
     item = PlanItem("pool", "kv_pool", nbytes, shape=f"{sum(pool.chunks)} chunks")
     if nbytes > walk.free_bytes:  # all or nothing, in chunks: no rounding
         walk.fail(item, nbytes, walk.free_bytes)

@@ -10,7 +10,7 @@ import platform
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,14 @@ def attempt(settings: list[Settings]) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of everything that computes."""
-    out = {"python": platform.python_version(), "kernel": platform.release()}
-    for package in PACKAGES:
+    own = {"python": platform.python_version(), "kernel": platform.release()}
+    return own | installed(PACKAGES)
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those packages that are there."""
+    out = {}
+    for package in packages:
         try:
             out[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -15,11 +15,12 @@ SHOWN = 3
 
 def arms_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each arm by the name that summary.json gives it."""
-    records = [
-        {k: _plain(v) for k, v in row.items()} | {"_at": at}
-        for at, row in zip(rows.index, rows.to_dict("records"), strict=True)
-    ]
+    records = [row | {"_at": at} for at, row in zip(rows.index, _as_written(rows), strict=True)]
     return {name: rows.loc[[r["_at"] for r in own]] for name, own in arms(records).items()}
+
+
+def _as_written(rows: pd.DataFrame) -> list[Row]:
+    return [{k: _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
@@ -39,10 +40,10 @@ class Sources:
     """
 
     def __init__(self, rows: pd.DataFrame) -> None:
-        self.arms: dict[str, list[Row]] = {}
-        for name, own in arms_of(rows).items():
-            records = [{k: _plain(v) for k, v in row.items()} for row in own.to_dict("records")]
-            self.arms[name] = per_trial(r for r in records if r["trial_id"])
+        self.arms: dict[str, list[Row]] = {
+            name: per_trial(r for r in own if r["trial_id"])
+            for name, own in arms(_as_written(rows)).items()
+        }
 
     def end(self, arm: str, point: str, tokens: object, ok: bool) -> list[str]:
         """Trials of one end of an OOM point's bracket.

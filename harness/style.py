@@ -246,17 +246,16 @@ def _legend_letters(names: list[int], columns: int) -> int:
 
 def save(figure: Figure, folder: Path, name: str) -> list[Path]:
     """Write ``name.png`` and ``name.svg`` into ``folder``; the same figure gives the same bytes."""
-    out = []
-    for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
-        buffer = io.BytesIO()
-        with mpl.rc_context(RC):
-            try:
-                _settle(figure)
-                figure.savefig(buffer, format=kind, metadata=metadata)
-            except ValueError as error:
-                raise RunError(f"figure {name}: cannot be drawn ({error})") from None
-        out.append(write_file(folder / f"{name}.{kind}", buffer.getvalue()))
-    return out
+    pictures = {"png": io.BytesIO(), "svg": io.BytesIO()}
+    unsaid = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
+    with mpl.rc_context(RC):
+        try:
+            _settle(figure)
+            for kind, buffer in pictures.items():
+                figure.savefig(buffer, format=kind, metadata=unsaid[kind])
+        except ValueError as error:
+            raise RunError(f"figure {name}: cannot be drawn ({error})") from None
+    return [write_file(folder / f"{name}.{k}", b.getvalue()) for k, b in pictures.items()]
 
 
 def _settle(figure: Figure) -> None:

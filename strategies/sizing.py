@@ -100,20 +100,16 @@ def window_tokens(group: LayerGroup, tokens: int, step_tokens: int = 0) -> int:
     return min(tokens, group.window_tokens + step_tokens)
 
 
-def live_bytes(model: KVModel, tokens: int, step_tokens: int = 0) -> int:
-    """Bytes of the chunks that one sequence of ``tokens`` tokens needs in ``paged``."""
+def live_bytes(model: KVModel, tokens: int, sequences: int = 1) -> int:
+    """Bytes of the chunks that sequences of ``tokens`` tokens each need in ``paged``."""
     return sum(
-        pool_chunks(g, window_tokens(g, tokens, step_tokens)) * g.chunk_bytes for g in model.groups
+        pool_chunks(g, window_tokens(g, tokens), sequences) * g.chunk_bytes for g in model.groups
     )
 
 
-def paged_resident_tokens(
-    model: KVModel, free_bytes: int, context_tokens: int, step_tokens: int = 0
-) -> int:
+def paged_resident_tokens(model: KVModel, free_bytes: int, context_tokens: int) -> int:
     """Find the most tokens of one sequence that ``paged`` can hold in ``free_bytes``."""
-    return most_tokens(
-        free_bytes, lambda tokens: live_bytes(model, tokens, step_tokens), context_tokens
-    )
+    return most_tokens(free_bytes, lambda tokens: live_bytes(model, tokens), context_tokens)
 
 
 def paged_reserve_chunks(

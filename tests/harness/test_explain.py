@@ -278,16 +278,7 @@ def test_weights_are_counted_from_the_shape(config_file):
 def test_windows_and_states_are_read(config_file):
     scout = {
         "architectures": ["Llama4ForConditionalGeneration"],
-        "text_config": {
-            "hidden_size": 5120,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 8,
-            "attention_chunk_size": 8192,
-            "num_local_experts": 16,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "vocab_size": 202048,
-        },
+        "text_config": {k: v for k, v in SCOUT.items() if k != "architectures"},
     }
     model = read_hf_config(config_file("scout.json", **scout)).engine_model(8, 2)
     assert (model.full_layers, model.window_layers, model.window_tokens) == (12, 36, 8192)
