@@ -90,14 +90,16 @@ def five_to_six_million(evidence: Evidence) -> Verdict:
     good = [r for r in rows if starts(r)]
     bad = [r for r in rows if not starts(r)]
     largest = max((r["context_tokens"] for r in good), default=0)
-    smallest = min((r["context_tokens"] for r in bad), default=0)
+    # At the very edge one context may end both ways, and so may those below it.
+    above = [r["context_tokens"] for r in bad if r["context_tokens"] > largest]
+    smallest = min(above, default=0)
     if largest >= 5_000_000:
         verdict, text = SUPPORTED, f"starts at {largest:,} tokens"
-    elif bad and smallest <= 5_000_000:
+    elif above and smallest <= 5_000_000:
         verdict, text = REFUTED, f"starts at {largest:,} tokens" if good else "starts nowhere"
     else:
         return undecided(RUN_STATIC)
-    text += f", not at {smallest:,}" if bad else ""
+    text += f", not at {smallest:,}" if above else ""
     return Verdict(verdict, text, tuple(good + bad), _largest_start(largest, smallest))
 
 

@@ -69,10 +69,10 @@ class Ledger:
             row |= self._read(phase)
         self._emit(row)
 
-    def graph_made(self) -> None:
-        """A CUDA graph took memory from the driver: only the meter knows how much."""
+    def driver_took(self, name: str) -> None:
+        """The driver took memory for a CUDA graph or a stream: only the meter knows how much."""
         assert self.device is not None
-        self.event("decode", "cuda_graph", max(0, lent_bytes(self.device) - self._lent_bytes))
+        self.event("decode", name, max(0, lent_bytes(self.device) - self._lent_bytes))
 
     def note(self, phase: str, what: str) -> None:
         """Read the meters at a moment when nothing was allocated."""

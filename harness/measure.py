@@ -77,7 +77,7 @@ def measure(
         if not all(team.join("merged gate", merged.passed)):
             return row
     reader = None if weights is None else make_reader(settings, weights.u8)
-    watch = Stopwatch(settings, strategy, workspace, reader, ledger.graph_made)
+    watch = Stopwatch(settings, strategy, workspace, reader, ledger.driver_took)
     decode = watch.decode(sequences)
     note("decode", _raw(decode))
     row |= _decode_columns(strategy, sequences, decode)

@@ -254,7 +254,7 @@ def _captured(watch: Stopwatch, step: Callable[[], None]) -> Callable[[], None]:
         step()
     graph.replay()  # the driver takes a graph's memory at its first launch
     torch.cuda.synchronize()
-    watch.on_graph()
+    watch.on_driver("cuda_graph")
     replay: Callable[[], None] = graph.replay
     return replay
 

@@ -65,8 +65,8 @@ class Stopwatch:
     ----------
     reader : WeightReader, optional
         Reads each layer's weights in a decode step, beside its attention.
-    on_graph : callable
-        Told when a CUDA graph has been captured and launched once.
+    on_driver : callable
+        Given the name of what the driver has just taken memory for, once it has run.
     """
 
     def __init__(
@@ -75,11 +75,11 @@ class Stopwatch:
         strategy: Strategy,
         workspace: Workspace,
         reader: WeightReader | None = None,
-        on_graph: Callable[[], None] = lambda: None,
+        on_driver: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.settings, self.strategy = settings, strategy
         self.buffers = StepBuffers(settings, workspace)
-        self.reader, self.on_graph = reader, on_graph
+        self.reader, self.on_driver = reader, on_driver
         self.on_cuda = self.buffers.on_cuda
 
     def decode_work(self, sequences: list[int]) -> list[tuple[Any, ...]]:
@@ -116,16 +116,19 @@ class Stopwatch:
                     with read_around(self.reader, next(mine)):
                         ops.decode(view, layer, q, plan, out, lse)
 
-        if not self.on_cuda or (self.reader is not None and not self.reader.graph_safe):
+        if not self.on_cuda:
             return step
         step()
         torch.cuda.synchronize()
+        if self.reader is not None and not self.reader.graph_safe:
+            self.on_driver("copy_stream")  # taken when both streams first wait for each other
+            return step
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             step()
         graph.replay()  # the driver takes a graph's memory at its first launch
         torch.cuda.synchronize()
-        self.on_graph()
+        self.on_driver("cuda_graph")
         replay: Callable[[], None] = graph.replay
         return replay
 

@@ -236,6 +236,12 @@ def test_c16_gives_a_figure_only_where_its_bracket_is_closed(failing, told):
     assert verdict("C16", rows)["measured"] == told
 
 
+def test_c16_names_what_lies_above_an_edge_that_ended_both_ways():
+    rows = [row("static", 5_893_888), row("static", 5_893_888, **NO_POOL)]
+    rows.append(row("static", 5_896_704, **NO_POOL))
+    assert verdict("C16", rows)["condition"] == "starts at 5,893,888 tokens, not at 5,896,704"
+
+
 def test_what_offload_gains_is_measured_where_both_brackets_are_closed():
     rows = offloaded(5_890_000, 6_060_000)
     found = verdict("C15", rows)
