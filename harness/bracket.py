@@ -12,8 +12,8 @@ RELATIVE_WIDTH = 0.001
 class Bracket:
     """An OOM point; ``not_ok`` is None when nothing up to the end of the sweep failed.
 
-    ``limited_by`` is ``oom``, ``refused`` or ``sweep_end``; ``""`` when a trial died on the way,
-    and what lies between the ends is unknown.
+    ``limited_by`` is ``oom``, ``refused``, ``crash`` (an engine's own) or ``sweep_end``; ``""``
+    when a trial died on the way, and what lies between the ends is unknown.
     """
 
     ok: int | None
@@ -48,7 +48,8 @@ def close_bracket(
     Parameters
     ----------
     test : callable
-        Runs a trial at a context; returns ``ok``, ``oom`` or ``refused``, or ``""`` when unknown.
+        Runs a trial at a context; returns ``ok``, ``oom``, ``refused`` or ``crash``, ``""`` when
+        that is unknown.
     guess_tokens : int
         Where the planner expects the largest ok.
     smallest, largest : int

@@ -9,6 +9,7 @@ import pandas as pd
 
 from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS
+from harness.rows import own_crash
 from harness.runs import Run, dicts, lookup
 from harness.sizes import MIB
 from harness.sources import arms_of
@@ -108,8 +109,9 @@ def finished(run: Run) -> Result:
 
 
 def statuses(run: Run) -> Result:
-    """Check that every trial ended in a result: ok, out of memory or refused."""
+    """Check that every trial ended in a result: ok, out of memory, refused, an engine's crash."""
     bad = run.rows[run.rows["status"].isin(UNCLEAN)]
+    bad = bad[~bad.apply(own_crash, axis="columns")] if len(bad) else bad
     if not bad.empty:
         kinds = ", ".join(f"{n} {s}" for s, n in bad["status"].value_counts().items())
         return failed(f"{kinds}: {named(bad)}")

@@ -18,7 +18,7 @@ from harness.evidence import (
 )
 from harness.rows import Row
 from harness.sizes import GIB
-from strategies.sglang_tables import GRAPH_BYTES
+from strategies.sglang_tables import GRAPH_BYTES, GRAPHS_BASE_BYTES
 
 MANY_REQUESTS = 128  # graphs cost with the batches that they are captured for
 RUN_CLAIMS = (
@@ -46,8 +46,8 @@ def graphs_off(evidence: Evidence) -> Verdict:
     if inside:
         text += f"; 4 to 10 GB for {'; '.join(inside)}"
     if any(on.get("emulated_version") for on, _ in pairs):
-        size = f"{GRAPH_BYTES >> 20} MiB"
-        text += f"; graphs are counted as {size} each, an estimate, their tables exactly"
+        size = f"{GRAPHS_BASE_BYTES / 1e6:.0f} MB and {GRAPH_BYTES / 1e6:.1f} MB a batch size"
+        text += f"; graphs themselves count {size}, as measured in SGLang, their tables exactly"
     long = best_first(evidence.of("sglang", context_tokens=MILLIONS_10))
     failing = next((found for kind in long if (found := _failing_without(kind))), [])
     if failing:

@@ -1,11 +1,11 @@
-"""How a trial ended that found no memory: the columns of its row that say so."""
+"""How a trial ended that was not ok: the columns of its row that say so."""
 
 from __future__ import annotations
 
 from harness.rows import Row
 from harness.sizes import printable
 from strategies.device import Device
-from strategies.errors import OutOfMemory, Refused
+from strategies.errors import EngineCrash, OutOfMemory, Refused
 
 
 def oom_end(refused: OutOfMemory) -> Row:
@@ -33,6 +33,11 @@ def refused_end(refused: Refused, strategy: str) -> Row:
         "resident_limited_by": "refused",
         "error": str(refused),
     }
+
+
+def crash_end(crash: EngineCrash) -> Row:
+    """An emulated engine ended as the engine itself does: by a fault of its own."""
+    return {"status": "crash", "oom_phase": "workspace", "error": str(crash)}
 
 
 def memory_end(error: Exception, phase: str, device: Device | None) -> Row | None:

@@ -15,9 +15,9 @@ from harness.sizes import GIB
 from strategies import sglang_tables, vllm_tables
 from strategies.engine_model import EngineModel
 
-# What CUDA, libraries and torch take before the weights, read off starts on an H200 with one
-# rank: SGLang 0.5.12.post1 had 138.12 of 139.80 GiB left, vLLM's own share is its profile's.
-CONTEXT_BYTES = {"sglang": round(1.68 * GIB), "vllm": round(1.0 * GIB)}
+# What CUDA and libraries take before the weights, read off starts on an H200 with one rank:
+# SGLang 0.5.12.post1 had 139.13 of 139.80 GiB left, vLLM 0.23.0 at least 138.84.
+CONTEXT_BYTES = {"sglang": round(0.67 * GIB), "vllm": round(0.96 * GIB)}
 VERSIONS = {"sglang": sglang_tables.VERSIONS, "vllm": vllm_tables.VERSIONS}
 DEFAULTS = {"sglang": "0.5.12.post1", "vllm": "0.23.0"}
 ROPE_ITEMSIZE = {"sglang": 4, "vllm": 2}
@@ -68,8 +68,6 @@ def question(launch: Launch, config: HFConfig, gpu: Gpu, facts: LogFacts | None 
         model = _with_measured_weights(model, engine, context, facts)
         if facts.free_before_bytes:
             context_bytes = gpu.total_bytes - facts.free_before_bytes
-    if engine == "sglang":  # whose plan counts its libraries itself
-        context_bytes -= sum(item.nbytes for item in sglang_tables.libraries(version))
     spec = PlanSpec(
         strategy=engine,
         options=options,

@@ -10,7 +10,7 @@ from harness import forecast
 from harness.folder import FolderError, RunFolder
 from harness.ranks_scaling import scaling_table
 from harness.ranks_summary import per_trial
-from harness.rows import Row
+from harness.rows import Row, own_crash
 from harness.settings import Settings
 from harness.sizes import gib, mib, tokens_text
 
@@ -99,7 +99,7 @@ def warnings(rows: list[Row]) -> list[str]:
                 f"{row['unexplained_phase']}, more than the tolerance of {size(allowed)}: the "
                 "ledger does not know all that the device holds"
             )
-        if row["status"] in DIED:
+        if row["status"] in DIED and not own_crash(row):
             why = row.get("signal") or row.get("error") or "no reason is known"
             lines.append(f"warning  {where}: {row['status']} in {row.get('oom_phase')} ({why})")
     if len(lines) > MAX_WARNINGS:

@@ -90,6 +90,8 @@ def _start(walk: Walk, plan: EnginePlan, scale: int) -> None:
             _take(walk, item, scale)
         if plan.refusal is not None:
             _refuse(walk, plan, scale)
+        if plan.fault:
+            walk.crash(plan.fault)
     except Ended:
         walk.kv_bytes = 0
         raise

@@ -110,6 +110,8 @@ def _failure(made: Prediction, scale: int) -> str:
     asked, free = gib(made.requested_bytes * scale), gib(made.free_bytes * scale)
     if made.outcome == "refused":
         return f"refused: {made.message or made.allocation}"
+    if made.outcome == "crash":
+        return f"it crashes: {made.message}"
     text = f"{made.allocation} ({made.phase}) asks {asked}, {free} are free"
     ate = eater(made)
     if ate is not None and ate.nbytes * 4 > made.requested_bytes:

@@ -55,6 +55,11 @@ class Walk:
         """End by a strategy's own rule."""
         self._end("refused", item, requested, available, message)
 
+    def crash(self, message: str) -> None:
+        """End by a fault of the engine itself, with everything allocated."""
+        self.outcome, self.phase, self.message = "crash", "workspace", message
+        raise Ended
+
     def fail(self, item: PlanItem, requested: int, free: int) -> None:
         """End for want of memory."""
         self._end("oom", item, requested, free)

@@ -74,3 +74,9 @@ def identity(cell: Cell, extra: Row) -> Row:
         row |= dict.fromkeys(NOT_OF_ENGINES)
         row["block_tokens"] = s.grain_tokens
     return row | extra
+
+
+def own_crash(row: Row) -> bool:
+    """Whether an engine crashed as its planner foresaw: a result, and no fault of the harness."""
+    foreseen = row["status"] == "crash" and row.get("predicted_status") == "crash"
+    return foreseen and not row.get("signal")

@@ -12,6 +12,7 @@ from harness.lock import device_lock
 from harness.progress import Progress
 from harness.ranks_relay import devices_here
 from harness.ranks_summary import per_trial
+from harness.rows import own_crash
 from harness.run import Run
 from harness.settings import Settings
 from harness.summary import summarise
@@ -150,4 +151,5 @@ def finish(folder: RunFolder, settings: list[Settings]) -> bool:
     tell(folder, settings, summary, figures)
     if settings[0].claims_from:  # how those trials ended was their own run's to say
         return True
-    return all(r["status"] != "crash" or r.get("signal") for r in per_trial(folder.rows))
+    died = [r for r in per_trial(folder.rows) if r["status"] == "crash" and not r.get("signal")]
+    return all(map(own_crash, died))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from harness.ranks_summary import held_tokens, per_trial, rank_spread
-from harness.rows import Row
+from harness.rows import Row, own_crash
 from harness.sizes import GIB, MIB, gib
 
 SCHEMA = 1
@@ -25,8 +25,11 @@ Bracket = dict[str, Any]
 
 
 def started(row: Row) -> str:
-    """``ok`` when the trial reached ``ready``; else ``oom`` or ``refused``; ``""`` when unknown."""
-    if row["status"] not in ENDED:
+    """``ok`` when the trial reached ``ready``; else ``oom``, ``refused``, or an engine's ``crash``.
+
+    ``""`` when that is unknown, since the trial died.
+    """
+    if row["status"] not in ENDED and not own_crash(row):
         return ""
     if row["status"] in ("ok", "invalid") or row["oom_phase"] not in START_PHASES:
         return "ok"

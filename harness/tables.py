@@ -29,6 +29,7 @@ SPEED_NOTE = "Throughput is attention only: all layers' decode or prefill kernel
 ENDINGS = {
     "oom": "out of memory",
     "refused": "refused by the strategy's own rule",
+    "crash": "a crash of the engine itself",
     "sweep_end": "end of the sweep, no failure",
     "": "unknown, since a trial died",
 }

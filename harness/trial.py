@@ -12,7 +12,7 @@ from typing import Any
 
 from harness.cell import Cell
 from harness.devices import open_device
-from harness.ends import memory_end, oom_end, refused_end
+from harness.ends import crash_end, memory_end, oom_end, refused_end
 from harness.faults import strike
 from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
@@ -26,7 +26,7 @@ from harness.settings import Settings
 from harness.workload import account
 from harness.workspace import Workspace, allocate_workspace
 from strategies.device import Device
-from strategies.errors import OutOfMemory, Refused
+from strategies.errors import EngineCrash, OutOfMemory, Refused
 from strategies.registry import build
 from strategies.strategy import Strategy
 
@@ -89,6 +89,8 @@ class Trial:
             self._end_all(pending, oom_end(refused))
         except Refused as refused:
             self._end_all(pending, refused_end(refused, self.settings.strategy))
+        except EngineCrash as crash:
+            self._end_all(pending, crash_end(crash))
         except EndedByPeer:
             self._end_all(pending, {"status": ENDED_BY_PEER})
         except Exception as error:

@@ -187,6 +187,8 @@ class EnginePlan:
         Requests that run at once.
     max_request_tokens : int
         The longest sequence that is accepted.
+    fault : str
+        What crashes the engine once everything is allocated: a fault of its own; empty: nothing.
     settings : dict
         Flags as resolved (``mem_fraction_static``, ``max_running_requests``, …).
     """
@@ -205,6 +207,7 @@ class EnginePlan:
     window_extra_slots: int = 0
     window_pool_tokens: int = 0
     refusal: Refusal | None = None
+    fault: str = ""
     settings: dict[str, float | int | str | bool] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from strategies.device import Allocation, Device
 from strategies.engine_model import EngineModel, EnginePlan, Item, engine_total_bytes
-from strategies.errors import OutOfMemory, Refused
+from strategies.errors import EngineCrash, OutOfMemory, Refused
 from strategies.model import KVModel
 from strategies.strategy import Footprint, Strategy
 
@@ -76,6 +76,8 @@ class EngineStrategy(Strategy):
             Names the engine's own allocation; nothing is left allocated.
         Refused
             The engine declines, in its own words; nothing is left allocated.
+        EngineCrash
+            The engine would crash, all allocated; nothing is left allocated.
         """
         if self.plan is not None:
             raise RuntimeError("the strategy is started already")
@@ -95,6 +97,8 @@ class EngineStrategy(Strategy):
                     refusal.available_bytes // scale,
                     refusal.message,
                 )
+            if plan.fault:
+                raise EngineCrash(plan.fault)
         except BaseException:
             self._release()
             raise

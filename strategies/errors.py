@@ -1,4 +1,4 @@
-"""The two ways in which a strategy says no."""
+"""The ways in which a strategy says no, and how an engine that it emulates would end."""
 
 from __future__ import annotations
 
@@ -62,3 +62,7 @@ class Refused(Exception):
         self.phase, self.allocation = phase, allocation
         self.requested_bytes, self.free_bytes = requested_bytes, free_bytes
         super().__init__(message)
+
+
+class EngineCrash(Exception):
+    """The engine that is emulated crashes at start-up, by a fault of its own and not for memory."""

@@ -23,12 +23,16 @@ from strategies.engine_model import (
 )
 from strategies.sglang_flags import SGLangFlags, SGLangSettings, resolve
 from strategies.sglang_tables import (
+    FREE_EARLY_MEASURED_BYTES,
     at_least,
     backend_tables,
+    cublas,
     decode_graph_batches,
     graph_buffers,
-    libraries,
+    loaded,
     request_table,
+    rope_leftover,
+    rope_leftover_bytes,
 )
 
 # Where mem_cache/memory_pool.py allocates a layer's buffers.
@@ -101,7 +105,8 @@ def pool_sizes(
     (``model_runner.py:785@0.4.6.post5``, ``:1092@0.5.2``, ``model_runner_kv_cache_mixin.py:60-75``
     ``@0.5.12.post1``), then divided by the bytes of a token.
     """
-    kept = free_before_bytes / GIB * (1 - settings.mem_fraction_static)
+    before = free_before_bytes + FREE_EARLY_MEASURED_BYTES.get(flags.version, 0)
+    kept = before / GIB * (1 - settings.mem_fraction_static)
     rest = free_after_bytes / GIB - kept
     slots = state_slots(model, flags, rest)
     available = int((rest - slots * model.state_bytes_per_request / GIB) * GIB)
@@ -176,10 +181,8 @@ def sglang_plan(
     total_bytes : int
         Of the GPU, as CUDA shows it.
     free_before_bytes : int
-        Free once CUDA and NCCL are up, before the engine's own libraries and the weights.
+        Free once CUDA and NCCL are up, before the weights.
     """
-    own = libraries(flags.version)
-    free_before_bytes -= sum(item.nbytes for item in own)
     settings = resolve(model, flags, total_bytes, hopper)
     rope = tensor(
         "tables",
@@ -188,12 +191,14 @@ def sglang_plan(
         "fp32",
         "layers/rotary_embedding/base.py:70@0.5.12.post1",
     )
-    free_after = free_before_bytes - model.weights_bytes - rope.nbytes
+    own = [rope, *loaded(flags.version)]
+    left = rope_leftover_bytes(flags.version, rope.nbytes, model.weights_bytes)
+    free_after = free_before_bytes - model.weights_bytes - sum(i.nbytes for i in own) - left
     pools = pool_sizes(model, flags, settings, context_tokens, free_before_bytes, free_after)
     values = _settings(settings)
     if pools.full <= 0:
         refusal = _too_small(flags, settings, free_before_bytes, free_after)
-        return EnginePlan("sglang", flags.version, (*own, rope), 0, flags.page_size, 0, 0,
+        return EnginePlan("sglang", flags.version, tuple(own), 0, flags.page_size, 0, 0,
                           refusal=refusal, settings=values)  # fmt: skip
     counted = pools.full if at_least(flags.version, "0.5.12.post1") else pools.profiled
     limit = request_limit(flags, counted, context_tokens)
@@ -204,7 +209,7 @@ def sglang_plan(
     if not flags.disable_cuda_graph:
         nvml_mib = nvml_total_mib(total_bytes)
         batches = decode_graph_batches(flags.version, nvml_mib, settings.cuda_graph_max_bs, limit)
-    items = [*own, rope, request_table(flags.version, context_tokens, limit)]
+    items = [request_table(flags.version, context_tokens, limit)]
     if pools.state_slots:
         state = ((1, pools.state_slots * model.state_bytes_per_request),)
         items.append(
@@ -212,7 +217,10 @@ def sglang_plan(
         )
     items += _pool_items(model, flags, settings, pools)
     items += backend_tables(model, flags, settings, context_tokens, max(batches, default=0))
-    items += graph_buffers(flags, settings, batches)
+    before = [*own, *rope_leftover(flags.version, left, items)]
+    first = next((i for i, item in enumerate(items) if item.phase == "workspace"), len(items))
+    items[first:first] = cublas(flags.version)
+    items = [*before, *items, *graph_buffers(flags, settings, batches)]
     notes: tuple[str, ...] = ()
     if pools.full < context_tokens:
         notes = (

@@ -31,24 +31,66 @@ REQUEST_TABLE_LINES = {
     "0.5.23": 406,
 }
 
-# 1.06 GiB taken by the 58 piecewise graphs of a start on an H200 (chunks of 8192 tokens).
-PIECEWISE_MEASURED_BYTES = round(1.06 * 1024 * MIB)
+# Taken by the 58 piecewise graphs of starts of 0.5.12.post1 on an H200 (chunks of 8192 tokens):
+# 1.09, 1.14 and 1.15 GB for three models.
+PIECEWISE_MEASURED_BYTES = 1_125_000_000
 PIECEWISE_MEASURED_SIZES = 58
-# An estimate: what server_args.py:1568@0.5.12.post1 reserves for each size of a piecewise graph.
-GRAPH_BYTES = 8 * MIB
+# Likewise decode graphs: 75 MB for 6 batch sizes, 229 MB for 36.
+GRAPHS_BASE_BYTES = 44_400_000
+GRAPH_BYTES = 5_130_000
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1
 
 
-# What a start of 0.5.12.post1 on an H200 held before its pool was sized beside the bare CUDA
-# context, weights and rotary table: libraries, and what torch's allocator rounds up. Follows from
-# its pool of 10,133,095 tokens.
-LIBRARIES_MEASURED_BYTES = {"0.5.12.post1": 1_252_822_918}
+# Starts of 0.5.12.post1 on an H200. Once loaded, a process holds more than its weights and rotary
+# table: kernels, and what torch's allocator rounds up (105 and 134 MB for two models, which follow
+# from pools at four values of mem_fraction_static). cuBLAS and its workspace come with the backend.
+LOADED_MEASURED_BYTES = {"0.5.12.post1": 120_000_000}
+# More was free when the memory before the weights was read than beside the whole CUDA context:
+# modules are loaded as they are first used.
+FREE_EARLY_MEASURED_BYTES = {"0.5.12.post1": 100_000_000}
+CUBLAS_MEASURED_BYTES = {"0.5.12.post1": 75_000_000}
+# cos and sin of every position, and the angles: each half of the float32 table that is kept
+# (layers/rotary_embedding/base.py:138-149@0.5.12.post1).
+ROPE_TEMPORARIES = 3
 
 
-def libraries(version: str) -> list[Item]:
-    """What an engine's process holds before its weights, beyond a bare CUDA context."""
-    nbytes = LIBRARIES_MEASURED_BYTES.get(version, 0)
-    return [Item("context", "libraries", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+def loaded(version: str) -> list[Item]:
+    """What comes with the weights and is none."""
+    nbytes = LOADED_MEASURED_BYTES.get(version, 0)
+    return [Item("tables", "loaded", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+
+
+def cublas(version: str) -> list[Item]:
+    """What cuBLAS holds once the attention backend is there."""
+    nbytes = CUBLAS_MEASURED_BYTES.get(version, 0)
+    return [Item("workspace", "cublas", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+
+
+def rope_leftover_bytes(version: str, rope_bytes: int, weights_bytes: int) -> int:
+    """What weights leave of the memory in which the rotary table was made.
+
+    The first layer makes the table. torch keeps its freed temporaries and puts the weights of the
+    later layers into them; a segment with one weight in it is not given back, and what it has left
+    counts as used when the pool is sized. With tables for 10M positions that was 1.3 GB of an H200.
+    """
+    if version not in LOADED_MEASURED_BYTES:
+        return 0
+    segment = rope_bytes // 2
+    if not segment:
+        return 0
+    used = min(-(-weights_bytes // segment), ROPE_TEMPORARIES)
+    return max(0, used * segment - weights_bytes)
+
+
+def rope_leftover(version: str, left_bytes: int, later: list[Item]) -> list[Item]:
+    """What remains of it once every later allocation that fits into it lies in it."""
+    for item in later:
+        for count, nbytes in item.pieces:
+            left_bytes -= min(count, left_bytes // nbytes if nbytes else 0) * nbytes
+    if left_bytes <= 0:
+        return []
+    source = f"layers/rotary_embedding/base.py:149@{version}"
+    return [Item("tables", "rope_leftover", ((1, left_bytes),), source)]
 
 
 def at_least(version: str, other: str) -> bool:
@@ -161,10 +203,9 @@ def graph_buffers(flags: SGLangFlags, settings: SGLangSettings, batches: list[in
     """Memory of the captured graphs themselves, after the pool."""
     items = []
     if batches:
-        source = "estimate (8 MiB a captured size, as SGLang reserves for a piecewise one)"
-        items.append(
-            Item("workspace", "decode_cuda_graphs", ((len(batches), GRAPH_BYTES),), source)
-        )
+        pieces = ((1, GRAPHS_BASE_BYTES), (len(batches), GRAPH_BYTES))
+        source = "measured@0.5.12.post1"
+        items.append(Item("workspace", "decode_cuda_graphs", pieces, source))
     if settings.piecewise_sizes:
         share = settings.piecewise_sizes / PIECEWISE_MEASURED_SIZES
         nbytes = int(PIECEWISE_MEASURED_BYTES * share)

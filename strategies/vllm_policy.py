@@ -4,7 +4,8 @@ Sources are written ``file:line@version`` under ``vllm/``. Everything here is ar
 model, flags and a GPU; :mod:`strategies.vllm` really allocates it.
 
 The order is: weights (with the rotary table), a profile pass, block tables, the whole KV pool,
-CUDA graphs. The pool is allocated and zeroed at once; only the assignment of blocks is on demand.
+CUDA graphs, a warm-up. The pool is allocated and zeroed at once; only the assignment of blocks is
+on demand.
 """
 
 from __future__ import annotations
@@ -29,8 +30,17 @@ from strategies.vllm_tables import (
 )
 
 # What libraries take beside torch during the profile pass: 1.59 GiB were kept beyond weights and
-# rotary table in three starts of 0.23.0 on an H200, of which 1.28 GiB are activations.
+# rotary table in three eager starts of 0.23.0 on an H200, of which 1.28 GiB are activations.
 NON_TORCH_BYTES = round(0.31 * GIB)
+# Not eager, the profile pass of 0.23.0 peaked at the rotary table once more and 82 MB (one K/V
+# head) or 106 MB (two), whatever the requests: the engine's own figures, in four starts.
+COMPILED_PEAK_BYTES = 94_000_000
+# Driver memory that maps pinned host memory: 134 MB for 41 GB, 2 MB for 0.6 GB.
+MAPPED_SHARE = 1 / 305
+# Offsets into all_token_ids are products of two int32 in Triton kernels (penalties.py:244,
+# buffer_utils.py:232 under v1/worker/gpu@0.23.0), which the warm-up runs for every request slot
+# (v1/worker/gpu/warmup.py:100).
+INT32_ELEMENTS = 1 << 31
 
 SEE_DOCS = " See https://docs.vllm.ai/en/latest/configuration/conserving_memory/ for more details."
 
@@ -114,7 +124,12 @@ def largest_fit(
 
 
 def available_kv_bytes(
-    model: EngineModel, flags: VLLMFlags, settings: VLLMSettings, total_bytes: int, rope_bytes: int
+    model: EngineModel,
+    flags: VLLMFlags,
+    settings: VLLMSettings,
+    total_bytes: int,
+    rope_bytes: int,
+    pinned_bytes: int,
 ) -> int:
     """``ceil(total x utilization) - weights - profile peak - other libraries - graph estimate``.
 
@@ -126,7 +141,10 @@ def available_kv_bytes(
         return flags.kv_cache_memory_bytes
     requested = math.ceil(total_bytes * settings.gpu_memory_utilization)
     peak = settings.max_num_batched_tokens * model.activation_bytes_per_token
+    if flags.version == "0.23.0" and not flags.enforce_eager:
+        peak = max(peak, rope_bytes + COMPILED_PEAK_BYTES)
     kept = model.weights_bytes + rope_bytes + peak + NON_TORCH_BYTES
+    kept += round(pinned_bytes * MAPPED_SHARE)
     estimates = at_least(flags.version, "0.23.0") and not flags.enforce_eager
     if estimates and not (settings.v2_runner and flags.version == "0.23.0"):
         kept += graph_bytes(settings.max_num_seqs)
@@ -161,7 +179,10 @@ def vllm_plan(
         "model_executor/layers/rotary_embedding/base.py:59@0.23.0",
     )
     groups = kv_groups(model, settings)
-    available = available_kv_bytes(model, flags, settings, total_bytes, rope.nbytes)
+    tables = block_tables(model, flags, settings, tokens, groups.count, asked)
+    first = [rope, *(item for item in tables if item.location != "device")]
+    pinned = sum(item.nbytes for item in first if item.location == "host_pinned")
+    available = available_kv_bytes(model, flags, settings, total_bytes, rope.nbytes, pinned)
     each = block_bytes(model, flags, groups)
     blocks = max(0, available // each)
     # 0.33.0 plans without the null block (kv_cache_planning.py:1533-1543).
@@ -175,9 +196,12 @@ def vllm_plan(
         refusal = _does_not_fit(flags, tokens, needed, available, largest)
     values = _settings(settings, available)
     if refusal is not None:
-        return EnginePlan("vllm", flags.version, (rope,), 0, flags.block_size, 0, 0,
+        made = () if refusal.phase == "context" else tuple(first)
+        return EnginePlan("vllm", flags.version, made, 0, flags.block_size, 0, 0,
                           refusal=refusal, settings=values)  # fmt: skip
-    items = [rope, *block_tables(model, flags, settings, tokens, groups.count, asked)]
+    # Tables on the GPU are as long as what is served, which ``auto`` may have made shorter.
+    tables = block_tables(model, flags, settings, tokens, groups.count, asked)
+    items = [rope, *tables]
     items.append(_pool(model, flags, groups, blocks))
     items += backend_tables(flags, settings, tokens, groups.count)
     values["max_model_len"] = tokens
@@ -190,7 +214,21 @@ def vllm_plan(
         "vllm", flags.version, tuple(items), held, flags.block_size, settings.max_num_seqs,
         tokens, slots=max(0, blocks - 1), full_groups=groups.full, window_groups=groups.window,
         window_slots=window, window_extra_slots=extra, settings=values, notes=notes,
+        fault=_fault(flags, settings, asked),
     )  # fmt: skip
+
+
+def _fault(flags: VLLMFlags, settings: VLLMSettings, asked_tokens: int) -> str:
+    """What crashes a start whose memory suffices: 0.23.0's V2 runner, by its 32-bit offsets."""
+    last = (settings.max_num_seqs - 1) * asked_tokens  # where the last request's row begins
+    if flags.version != "0.23.0" or not settings.v2_runner or last < INT32_ELEMENTS:
+        return ""
+    most = (INT32_ELEMENTS - 1) // asked_tokens + 1
+    return (
+        f"vLLM {flags.version}: an illegal memory access in its warm-up: offsets into "
+        f"all_token_ids [{settings.max_num_seqs}, {asked_tokens}] do not fit into 32 bits; "
+        f"it starts with max_num_seqs={most} or fewer"
+    )
 
 
 def _pool(model: EngineModel, flags: VLLMFlags, groups: Groups, blocks: int) -> Item:

@@ -1,7 +1,8 @@
 """Pairs: what an engine itself held, beside its emulation and the planner with the same flags.
 
 A figure agrees when it is within 1 % of the engine's (or within what a driver rounds a tensor up
-to); a start-up bracket when the planner's point is within 2 % of its middle.
+to, or what torch's cache may hide of a difference); a start-up bracket when the planner's point is
+within 2 % of its middle.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ ITEMS = (
     "weights rope_cos_sin req_to_token block_tables input_block_tables all_token_ids kv_pool "
     "free_slots page_table strided_indices decode_cuda_graphs piecewise_cuda_graphs cuda_graphs"
 ).split()
+# A difference of free memory misses what came out of torch's cache; read at these steps.
+BEFORE_DIFFERENCE = {
+    "decode_cuda_graphs": "before device_graphs",
+    "piecewise_cuda_graphs": "before piecewise_cuda_graphs",
+    "cuda_graphs": "warm_up",
+}
 FREE, ASKED, WHOLE, TOKENS = "free before it", "asked for", "whole at ready", "pool tokens"
 
 
@@ -143,13 +150,16 @@ def _items(
 ) -> list[dict[str, Any]]:
     """Every figure of a start that there is, each real, emulated and planned."""
     own: dict[str, int] = {str(i["name"]): int(i["bytes"]) for i in start.get("items") or []}
-    counts = {str(i["name"]): int(i["count"]) for i in start.get("items") or []}
+    rounding = {
+        str(i["name"]): _cached_bytes(start, i) or int(i["count"]) * GRANULARITY_BYTES
+        for i in start.get("items") or []
+    }
     by_formula = {i.allocation: i.nbytes for i in planned.items if not i.failed}
     allocated = _sums(held)
     failing = real.get("oom_allocation")
     names = [n for n in ITEMS if n in own] + [n for n in own if n not in ITEMS]
     out = [
-        _figure(name, "bytes", own[name], allocated.get(name), by_formula.get(name), counts[name])
+        _figure(name, "bytes", own[name], allocated.get(name), by_formula.get(name), rounding[name])
         for name in names
         if name != failing
     ]
@@ -159,7 +169,9 @@ def _items(
         out.append(_figure(TOKENS, "tokens", ready["pool_tokens"], pool, planned.pool_tokens))
         peak = emulated.get("peak_device_bytes") if emulated else None
         whole = planned.predicted_peak_bytes
-        out.append(_figure(WHOLE, "bytes", ready["device_used_bytes"], peak, whole))
+        out.append(
+            _figure(WHOLE, "bytes", ready["device_used_bytes"], peak, whole, GRANULARITY_BYTES)
+        )
     elif real["status"] in ("oom", "refused") and real.get("oom_requested_bytes") is not None:
         asked = emulated.get("oom_requested_bytes") if emulated else None
         free = emulated.get("oom_free_bytes") if emulated else None
@@ -189,11 +201,19 @@ def _tokens(real: Row, allocated: dict[str, int]) -> int | None:
     return pool // token - (1 if real["strategy"] == "sglang" else 0)
 
 
+def _cached_bytes(start: Row, item: Row) -> int:
+    """What torch had in its cache where a difference began; 0 for a tensor."""
+    if item["how"] != "difference":
+        return 0
+    step = BEFORE_DIFFERENCE.get(str(item["name"]))
+    before: Row = next((p for p in start.get("phases") or [] if p["step"] == step), {})
+    return int(before.get("torch_reserved_bytes", 0)) - int(before.get("torch_allocated_bytes", 0))
+
+
 def _figure(
-    name: str, unit: str, real: int, emulated: int | None, planned: int | None, count: int = 1
+    name: str, unit: str, real: int, emulated: int | None, planned: int | None, rounding: int = 0
 ) -> dict[str, Any]:
-    """One figure; ``count`` tensors may each be rounded up to what a driver maps."""
-    rounding = count * GRANULARITY_BYTES if unit == "bytes" else 0
+    """One figure, and whether the others lie within 1 % of the engine's, or ``rounding``."""
     others = [o for o in (emulated, planned) if o is not None]
     off = {"emulated": _off(real, emulated), "planned": _off(real, planned)}
     return {

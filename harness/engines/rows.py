@@ -32,6 +32,7 @@ _TOO_SMALL = re.compile(
 _OCCUPIED = re.compile(
     r"device \S+ \((?P<free>[\d.]+)/.*?utilization \([\d.]+, (?P<needed>[\d.]+) GiB\)", re.DOTALL
 )
+TORCH_SEGMENT_BYTES = 2 << 20  # what torch's allocator rounds a large allocation up to
 # What our layout, kernels and arena are: nothing of an engine's.
 NOT_OURS = ("arena", "layout", "table_order", "chunk_bytes", "kv_scales", "emulated_version")
 
@@ -124,12 +125,25 @@ def _failed(start: Start, failed: Record) -> Row:
     held = sum(line["bytes"] for line in start.held if line.get("name") == name)
     asked, free = failed.get("asked_bytes"), failed.get("free_bytes")
     whole = failed.get("whole_bytes") or (None if asked is None else asked + held)
+    if failed.get("whole_bytes") and asked:
+        held = _fitted_bytes(failed, asked, held)
     return row | {
         "oom_phase": PHASE_OF.get(name, "workspace"),
         "oom_allocation": name,
         "oom_requested_bytes": whole,
         "oom_free_bytes": None if free is None else free + held,
     }
+
+
+def _fitted_bytes(failed: Record, piece_bytes: int, held_bytes: int) -> int:
+    """Driver's bytes of the buffers that fitted before one of ``piece_bytes`` did not.
+
+    They are held still, or the exception has freed them and torch keeps them; what else it keeps
+    is less than one of them.
+    """
+    kept = (failed.get("torch_reserved_bytes") or 0) - (failed.get("torch_allocated_bytes") or 0)
+    rounded = -(-piece_bytes // TORCH_SEGMENT_BYTES) * TORCH_SEGMENT_BYTES
+    return (kept + held_bytes) // rounded * rounded
 
 
 def _refused(message: str) -> Row:

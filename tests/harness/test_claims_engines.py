@@ -92,9 +92,9 @@ def test_c13_names_what_lies_in_the_reported_range():
     found = verdict("C13", rows)
     assert found["measured"] == 5.37  # GB
     assert "1.07 to 5.37 GB" in found["condition"] and "10,000,000 tokens" in found["condition"]
-    assert "8 MiB" not in found["condition"]
+    assert "a batch size, as measured" not in found["condition"]
     emulated = [r | {"emulated_version": "0.5.12.post1"} for r in rows]
-    assert "8 MiB each, an estimate" in verdict("C13", emulated)["condition"]
+    assert "44 MB and 5.1 MB a batch size, as measured" in verdict("C13", emulated)["condition"]
 
 
 def test_c13_waits_for_many_requests_and_says_what_few_save():

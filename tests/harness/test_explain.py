@@ -110,6 +110,7 @@ def test_a_command_of_vllm(capsys, config_file):
     rows, _ = answered(capsys, "--command", command, "--config", path, "--gpu", "h200")
     assert "To serve at least one request" in rows["says"]
     module = "python -m vllm.entrypoints.openai.api_server --model x --max-model-len auto"
+    module += " --max-num-seqs 16"
     rows, _ = answered(capsys, "--command", module, "--config", path, "--gpu", "h200")
     assert "room for" in rows["starts"]
 
@@ -130,7 +131,7 @@ def test_a_pasted_line_and_the_command_that_gave_it(capsys, log_file, config_fil
     words = (line, "--config", config_file(num_key_value_heads=2), "--gpu", "h200")
     rows, _ = answered(capsys, *words)  # nothing says 8 bits
     assert "228.88 GiB by the log, 457.76 GiB by the formulas" in rows["differs"]
-    command = "vllm serve m --kv-cache-dtype fp8 --gpu-memory-utilization 0.95"
+    command = "vllm serve m --kv-cache-dtype fp8 --gpu-memory-utilization 0.95 --enforce-eager"
     rows, _ = answered(capsys, *words, "--command", command)
     assert "context 10,000,000" in rows["engine"] and "differs" not in rows
     assert "kv_pool (228.88 GiB)" in rows["failed"]

@@ -66,7 +66,7 @@ def test_json_has_the_shape_of_a_summary(capsys):
     assert sorted(made["strategies"]) == ["eager_pages", "paged", "sglang", "static", "vllm"]
     for entry in made["strategies"].values():
         for point in ("startup", "admit", "resident"):
-            assert entry[point]["limited_by"] in ("oom", "refused", "sweep_end")
+            assert entry[point]["limited_by"] in ("oom", "refused", "crash", "sweep_end")
             assert entry[point]["ok"] >= 1
         assert entry["peak_device_bytes"] > 0
         assert entry["decode"] == []

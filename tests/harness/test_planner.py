@@ -18,7 +18,7 @@ from harness.planner_spec import PlanSpec
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
 from strategies.engine_model import GIB, MIB
-from strategies.errors import OutOfMemory, Refused
+from strategies.errors import EngineCrash, OutOfMemory, Refused
 from strategies.model import KVModel, LayerGroup
 from strategies.registry import build
 from strategies.sizing import page_table_bytes
@@ -78,6 +78,8 @@ class Happened:
         except (OutOfMemory, Refused) as end:
             self.outcome = "oom" if isinstance(end, OutOfMemory) else "refused"
             self.phase, self.allocation = end.phase, end.allocation
+        except EngineCrash:
+            self.outcome, self.phase = "crash", "workspace"
         if self.strategy is not None:
             self.footprint = self.strategy.footprint()
         self.free_bytes = device.free_bytes()
@@ -190,7 +192,7 @@ def test_a_hybrid_model_goes_as_predicted(strategy, context, fill):
 def test_an_emulated_start_goes_as_predicted(which, model, context):
     strategy, options = which
     made = check(engine_spec(strategy, context, model, **options))
-    assert made.items[-1].failed == (made.outcome != "ok")
+    assert made.items[-1].failed == (made.outcome not in ("ok", "crash"))
 
 
 @pytest.mark.parametrize("strategy", ["static", "paged", "eager_pages"])
@@ -258,7 +260,8 @@ def test_the_pool_of_an_engine_may_be_smaller_than_its_context():
 
 
 def test_vllm_refuses_at_start_up():
-    spec = engine_spec("vllm", model=TWO_HEADS, gpu_memory_utilization=0.95, enforce_eager=True)
+    flags = {"gpu_memory_utilization": 0.95, "enforce_eager": True, "max_num_seqs": 16}
+    spec = engine_spec("vllm", model=TWO_HEADS, **flags)
     points = oom_points(spec)
     assert points.startup.limited_by == "refused"
     assert points.startup.ok == largest_context_that_starts(spec)[0]

@@ -14,6 +14,7 @@ from harness.columns import ordered
 from harness.fill import STEP_TOKENS
 from harness.launch import unfinished
 from harness.provenance import attempt
+from harness.rows import own_crash
 from harness.sizes import BadValue
 from harness.summary import summarise
 from harness.trial import Trial
@@ -241,13 +242,16 @@ def test_a_fill_that_is_refused_ends_every_cell_that_is_left():
     assert events[-1]["phase"] == "fill" and "refused" in events[-1]["allocation"]
 
 
+VLLM_AUTO = ("strategy=vllm", "strategy.max_model_len=auto", "strategy.max_num_seqs=16")
+
+
 @pytest.mark.parametrize(
     ("words", "block_tokens"),
     [
         (["strategy=sglang", "strategy.max_running_requests=16"], 1),
         (["strategy=sglang", "strategy.max_running_requests=16", "strategy.page_size=64"], 64),
-        (["strategy=vllm", "strategy.max_model_len=auto"], 16),
-        (["strategy=vllm", "strategy.max_model_len=auto", "strategy.block_size=32"], 32),
+        ([*VLLM_AUTO], 16),
+        ([*VLLM_AUTO, "strategy.block_size=32"], 32),
     ],
 )
 def test_an_engines_row_says_nothing_of_our_arena_and_holds_to_its_own_block(words, block_tokens):
@@ -261,6 +265,16 @@ def test_an_engines_row_says_nothing_of_our_arena_and_holds_to_its_own_block(wor
     assert row["resident_tokens"] == forecast.predict_cell(Cell(own, 4_000_000)).resident_tokens
     held = summarise([row], [])["strategies"][own.strategy]["resident"]
     assert held["not_ok"] == held["ok"] + block_tokens == row["resident_tokens"] + block_tokens
+
+
+def test_an_emulated_crash_is_a_result_that_was_foreseen():
+    own = made("strategy=vllm", "context=4M")
+    cell = Cell(own, 4_000_000, timing=False)
+    row = forecast.with_prediction(run(cell)[0][0], cell)
+    assert (row["status"], row["predicted_status"]) == ("crash", "crash")
+    assert "do not fit into 32 bits" in row["error"] and row["peak_device_bytes"] > 0
+    assert own_crash(row) and not own_crash(row | {"predicted_status": "ok"})
+    assert summarise([row], [])["strategies"]["vllm"]["startup"]["limited_by"] == "crash"
 
 
 def test_our_own_rows_say_what_ran():

@@ -14,7 +14,7 @@ from strategies.sglang_policy import (
 from strategies.sglang_tables import VERSIONS, decode_graph_batches, piecewise_sizes, request_table
 from tests.strategies.engine_models import H200_BYTES, ONE_RANK, TWO_HEADS
 
-FREE_BYTES = H200_BYTES - 552_402_944  # beside a bare CUDA context
+FREE_BYTES = H200_BYTES - 724_369_408  # beside the context of a start, once the weights are read
 SCOUT = dataclasses.replace(
     ONE_RANK,
     window_layers=36,
@@ -47,19 +47,21 @@ def test_a_real_start_is_reproduced(context, flags, rows, graph_rows):
     assert close(made.pool_tokens, 10_133_095)
     assert made.named("req_to_token").shape == f"int32 [{rows}, {context + 4}]"
     assert made.named("page_table").shape == f"int32 [{graph_rows}, {context}]"
-    assert close(made.named("piecewise_cuda_graphs").nbytes, 1.06 * GIB)
+    # 1.09 GB to 1.15 GB in three models
+    assert made.named("piecewise_cuda_graphs").nbytes == pytest.approx(1.12e9, rel=0.03)
     assert close(made.named("rope_cos_sin").nbytes, 4.77 * GIB)
 
 
 def test_the_real_failure_at_ten_million_is_reproduced():
     made = plan(10_000_000)
     assert made.named("req_to_token").nbytes == 81_960_032_784
-    free = FREE_BYTES - ONE_RANK.weights_bytes - made.named("libraries").nbytes
-    free -= made.named("rope_cos_sin").nbytes + made.named("req_to_token").nbytes
+    before = ("loaded", "rope_cos_sin", "rope_leftover", "req_to_token")
+    free = FREE_BYTES - ONE_RANK.weights_bytes - sum(made.named(n).nbytes for n in before)
     ((count, buffer_bytes),) = made.named("kv_pool").pieces
     assert count == 96
     assert close(buffer_bytes, 1_297_036_288)
-    assert free // buffer_bytes == 43  # the 44th buffer is the one that failed
+    # 43 buffers, and 1.15 GiB that the 44th did not fit into
+    assert close(free / buffer_bytes, 43 + 1_234_803_098 / 1_297_036_288)
 
 
 def test_graphs_off_fail_at_the_same_byte():

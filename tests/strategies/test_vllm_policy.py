@@ -155,12 +155,35 @@ def test_runners():
 
 
 def test_auto_starts_with_the_largest_length_that_fits():
-    made = plan(10_000_000, TWO_HEADS, max_model_len="auto")
+    pool = {"kv_cache_memory_bytes": 100 * GIB}
+    made = plan(10_000_000, TWO_HEADS, max_model_len="auto", **pool)
     assert made.refusal is None
     assert made.max_request_tokens < 10_000_000
     length = made.max_request_tokens
-    assert plan(length, TWO_HEADS).refusal is None
-    assert plan(length + 16, TWO_HEADS).refusal is not None
+    assert plan(length, TWO_HEADS, **pool).refusal is None
+    assert plan(length + 16, TWO_HEADS, **pool).refusal is not None
+
+
+@pytest.mark.parametrize(
+    ("context", "flags", "crashes"),
+    [
+        (131_072, {}, False),
+        (10_000_000, {}, True),
+        (10_000_000, {"max_num_seqs": 16}, False),  # so far as three real starts went
+        (10_000_000, {"max_num_seqs": 215}, False),
+        (10_000_000, {"max_num_seqs": 216}, True),
+        (10_000_000, {"version": "0.33.0"}, False),
+    ],
+)
+def test_a_row_of_tokens_beyond_32_bits_crashes_the_v2_runner(context, flags, crashes):
+    made = plan(context, **flags)
+    assert made.refusal is None and bool(made.fault) == crashes
+    assert "max_num_seqs=215 or fewer" in (made.fault or "max_num_seqs=215 or fewer")
+
+
+def test_the_v1_runner_has_no_such_rows():
+    moe = dataclasses.replace(ONE_RANK, moe=True, architecture="Qwen3MoeForCausalLM")
+    assert not plan(10_000_000, moe).fault
 
 
 def test_an_occupied_gpu_is_refused():
