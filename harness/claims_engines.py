@@ -151,6 +151,7 @@ def _named(row: Row) -> str:
     if not starts(row):
         needs, has = gib_of(row, "oom_requested_bytes"), gib_of(row, "oom_free_bytes")
         said += f"; its K/V needs {needs:.1f} GiB, has {has:.1f}" if needs else ""
+        said += "; crashes with everything allocated" if row["status"] == "crash" else ""
     return f"{row['model']} ({said})"
 
 

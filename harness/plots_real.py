@@ -98,9 +98,12 @@ def figure_real_engines(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     started = ", ".join(f"{name} {version}" for name, version in versions.items())
     starts = every[(every["engine_version"] != "") & (every["purpose"] != "bracket")]
     left_out = len(starts) - len(real)
+    twins = any(twin is not None for _, found in panels for *_, twin in found)
     style.badge(
         figure,
-        f"Upper bars: {started}, started. Lower, pale: their emulations.",
+        f"Upper bars: {started}, started. Lower, pale: their emulations."
+        if twins
+        else f"{started}, started themselves.",
         LEFT_OUT_TEXT.format(left_out) if left_out else "",
     )
     return figure
