@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from harness.torch_segments import taken_bytes
 from strategies.engine_model import EngineModel, engine_total_bytes
 from strategies.model import KVModel
 
@@ -69,8 +70,13 @@ class PlanSpec:
     @property
     def workspace_bytes(self) -> int:
         """Bytes that are allocated once the strategy has started, as the device rounds them."""
-        unit = self.granularity_bytes
-        return sum(-(-nbytes // unit) * unit for _, nbytes in self.workspace_items)
+        return sum(self.workspace_taken_bytes)
+
+    @property
+    def workspace_taken_bytes(self) -> list[int]:
+        """Bytes that each buffer of the workspace takes of the device, in their order."""
+        unit = 0 if self.granularity_bytes == CUDA_GRANULARITY_BYTES else self.granularity_bytes
+        return taken_bytes((nbytes for _, nbytes in self.workspace_items), unit)
 
     @property
     def modelled_total_bytes(self) -> int:

@@ -91,8 +91,9 @@ class Walk:
 
     def after_strategy(self) -> None:
         """Take the workspace; then the process is ready."""
-        for name, nbytes in self.spec.workspace_items:
-            self.take(PlanItem("workspace", name, nbytes))
+        taken = self.spec.workspace_taken_bytes
+        for (name, nbytes), own in zip(self.spec.workspace_items, taken, strict=True):
+            self.take(PlanItem("workspace", name, nbytes), ((1, own),))
         self.started = True
 
     def prediction(self, **known: Any) -> Prediction:  # noqa: ANN401

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from harness.planner_engines import ENGINES
-from harness.planner_spec import CUDA_GRANULARITY_BYTES, HOST_GRANULARITY_BYTES
+from harness.planner_spec import HOST_GRANULARITY_BYTES
 from harness.ranks_group import collective_workspace
 from harness.settings import Settings
+from harness.torch_segments import taken_bytes
 from kernels.view import PAGE_TOKENS, Geometry
 from strategies.device import Allocation, Device
 
@@ -82,8 +83,8 @@ def gate_bytes(geometry: Geometry) -> int:
 
 def workspace_reserve_bytes(settings: Settings) -> int:
     """What a pool must leave for the workspace: every buffer as this device rounds it."""
-    unit = HOST_GRANULARITY_BYTES if settings.on_host else CUDA_GRANULARITY_BYTES
-    return sum(-(-n // (settings.scale * unit)) * unit for _, n in workspace_items(settings))
+    unit = HOST_GRANULARITY_BYTES if settings.on_host else 0
+    return sum(taken_bytes((-(-n // settings.scale) for _, n in workspace_items(settings)), unit))
 
 
 @dataclass
