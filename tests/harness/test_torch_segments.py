@@ -10,7 +10,7 @@ from harness.runs import load_run
 from harness.torch_segments import MIB, TorchSegments, taken_bytes
 from tests.harness.command import ROOT
 
-RUNS = ("h200_report", "h200_qwen3_30b_a3b", "h200_waste", "h200_remedies")
+RUNS = ("h200_report", "h200_qwen3_30b_a3b", "h200_remedies")
 
 
 @pytest.mark.parametrize("name", RUNS)
