@@ -56,11 +56,15 @@ def _sentence(run: Run, pairs: list[dict[str, Any]], folder: str) -> str:
     device = ", ".join(dict.fromkeys(clean(d) for d in devices))
     agreed = sum(lookup(p, "agree") is True for p in pairs)
     ended = sum(_ended_alike(p) for p in pairs)
+    emulated = any(lookup(p, "emulated_trial") for p in pairs)
+    three = (
+        "the engine, its emulation and the planner" if emulated else "the engine and the planner"
+    )
     return (
         f"{' and '.join(markdown_text(n) for n in names)}, started on one {markdown_text(device)} "
         f"with dummy weights, FP8 K/V and a model shaped like one rank "
-        f"([`{Path(folder).name}`]({folder})). In {ended} of {len(pairs)} starts the engine, its "
-        f"emulation and the planner end alike; in {agreed} every figure agrees within 1 % as well."
+        f"([`{Path(folder).name}`]({folder})). In {ended} of {len(pairs)} starts {three} end "
+        f"alike; in {agreed} every figure agrees within 1 % as well."
     )
 
 
@@ -88,7 +92,7 @@ def _table(pairs: list[dict[str, Any]]) -> Table:
             )
         )
     columns = ("engine", "model", ">context", "flags", "ended", ">pool, tokens",
-               ">held at ready, GiB", "emulation agrees")  # fmt: skip
+               ">held at ready, GiB", "all agree")  # fmt: skip
     return Table("", columns, tuple(lines))
 
 
@@ -123,10 +127,12 @@ def _is_table(one: dict[str, Any]) -> bool:
 
 
 def _helping(pairs: list[dict[str, Any]]) -> list[str]:
-    """The flags with which an engine starts a context that it does not start without."""
+    """The fewest flags with which an engine starts a context that it does not start without."""
     out = []
-    for pair in pairs:
-        if lookup(pair, "status", "real") != "ok" or flags(pair) == "defaults":
+    good = [p for p in pairs if lookup(p, "status", "real") == "ok" and flags(p) != "defaults"]
+    for pair in good:
+        mine = lookup(pair, "flags").items()
+        if any(lookup(p, "flags").items() < mine for p in good if _same(p, pair)):
             continue
         without = [p for p in pairs if flags(p) == "defaults" and _same(p, pair)]
         if without and all(lookup(p, "status", "real") != "ok" for p in without):
