@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from harness.fill import STEP_TOKENS
 from harness.planner_spec import PlanItem, PlanSpec
 from harness.planner_walk import Walk
+from harness.steps import STEP_TOKENS, Steps
 from strategies import sizing
 from strategies.model import KVModel, LayerGroup
 
@@ -52,22 +54,6 @@ class Pool:
             return self.bytes_of(spec.context_tokens, 1) <= walk.free_bytes
         return self.fits(spec.context_tokens, 1)
 
-    def pages_of(self, whole: int, target: int, tokens: int, began: int) -> list[int]:
-        """Pages of each group that sequences hold.
-
-        Parameters
-        ----------
-        whole : int
-            Sequences that have grown to ``target`` tokens.
-        tokens, began : int
-            Of one more, and where its last step began.
-        """
-        last_step = max(0, target - 1) // STEP_TOKENS * STEP_TOKENS
-        return [
-            whole * self.pages_left(g, target, last_step) + self.pages_left(g, tokens, began)
-            for g in self.model.groups
-        ]
-
     def chunks_of(self, pages: list[int]) -> list[int]:
         """Chunks of each group for so many pages of it, side by side."""
         return [-(-n // g.pages_per_chunk) for n, g in zip(pages, self.model.groups, strict=True)]
@@ -83,13 +69,12 @@ def fill(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
         _fill_slots(spec, walk, pool)
         return
     target = spec.target_tokens
-    held = _Held(pool, walk.free_bytes, target)
-    full = most(spec.growing, lambda n: held.next_tokens(n - 1) == target)
-    last = 0 if full == spec.growing else held.next_tokens(full)
-    walk.resident_tokens = target * full + last
+    filled = _Filling(pool, walk.free_bytes, target).all(spec.growing)
+    refused = filled.last.tokens < target
+    walk.resident_tokens = target * filled.whole + (filled.last.tokens if refused else 0)
     before = walk.free_bytes
-    _grow(spec, walk, pool, target, full, last)
-    if full == spec.growing:
+    _grow(spec, walk, pool, filled, refused)
+    if not refused:
         return
     short = pool.bytes_of(target, spec.growing) - (walk.kv_bytes if pool.lazy else 0)
     item = PlanItem("fill", "kv_pages", max(0, short))
@@ -109,35 +94,120 @@ def _fill_slots(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
     walk.resident_tokens = target * spec.growing
 
 
-class _Held:
-    """How far one more sequence grows beside whole ones, page by page: a refused step is halved."""
+@dataclass(frozen=True)
+class _Grown:
+    """One sequence: its tokens, and where its last step, of ``step`` tokens at most, began."""
+
+    tokens: int = 0
+    began: int = 0
+    step: int = STEP_TOKENS
+
+
+@dataclass(frozen=True)
+class _Filled:
+    """Sequences: how many are whole, the pages of those before the last, and the last one."""
+
+    whole: int
+    before: list[int]
+    last: _Grown
+
+
+class _Filling:
+    """The steps of :mod:`harness.fill`, many at once.
+
+    All groups have pages of one size, of which a step and a window are multiples, and there is one
+    length of windows.
+    """
 
     def __init__(self, pool: Pool, free_bytes: int, target: int) -> None:
         self.pool, self.free_bytes, self.target = pool, free_bytes, target
-        self.page = min(g.geometry.page_tokens for g in pool.model.groups)
-        self.window = max(g.window_tokens for g in pool.model.groups)
+        self.groups = pool.model.groups
+        self.grain = min(g.geometry.page_tokens for g in self.groups)
+        self.window = max(g.window_tokens for g in self.groups)
 
-    def next_tokens(self, whole: int) -> int:
-        """Tokens at which the one that follows ``whole`` whole ones is refused, or the target.
+    def all(self, sequences: int) -> _Filled:
+        """Fill one after another, until one is refused.
 
-        Within a window it holds more and more; behind one it gives pages back. The first window
-        whose end does not fit is where it ends.
+        The more the others hold, the smaller are the steps of the next; those of equal steps hold
+        equally much.
         """
-        if not self.window:
-            return most(self.target, lambda tokens: self._fits(whole, tokens))
-        ends = self.target // self.window
-        at = most(ends, lambda n: self._fits(whole, n * self.window)) * self.window
-        rest = min(self.window, self.target - at)
-        return at + most(rest, lambda tokens: self._fits(whole, at + tokens))
+        whole, before = 0, [0] * len(self.groups)
+        while True:
+            last = self.one(before)
+            if last.tokens < self.target:
+                return _Filled(whole, before, last)
+            alike = self._alike(before, last, sequences - whole - 1)
+            each = self._own(last.tokens, last.began)
+            whole += 1 + alike
+            if whole == sequences:
+                return _Filled(whole, _with(before, each, alike), last)
+            before = _with(before, each, 1 + alike)
 
-    def _fits(self, whole: int, tokens: int) -> bool:
-        pages = self.pool.pages_of(whole, self.target, tokens, max(0, tokens - self.page))
+    def _alike(self, before: list[int], grown: _Grown, sequences: int) -> int:
+        """How many more sequences, of those that are left, grow by the steps of this one."""
+        each = self._own(grown.tokens, grown.began)
+        return most(sequences, lambda n: self.one(_with(before, each, n)) == grown)
+
+    def one(self, before: list[int]) -> _Grown:
+        """Grow one sequence beside others that hold so many pages of each group."""
+        steps, grown = Steps(self.grain), _Grown()
+        while grown.tokens < self.target:
+            at = grown.tokens
+            end = self._end(before, at, steps.tokens)
+            if end > at:
+                began = at + (end - at - 1) // steps.tokens * steps.tokens
+                grown = _Grown(end, began, steps.tokens)
+            if end < self.target and not steps.halve():
+                break
+        return grown
+
+    def _end(self, before: list[int], at: int, step: int) -> int:
+        """Where the first of equal steps from ``at`` on is refused, or the target."""
+        count = -(-(self.target - at) // step)
+        done = most(count, lambda n: self._fit(before, self._most_pages(at + n * step, step)))
+        while self.window and done < count:
+            began = at + done * step
+            inside = min(count - done, -(-(self.window - began % self.window) // step))
+            fitting = self._fitting(before, began, step, inside)
+            done += fitting
+            if fitting < inside:
+                break
+        return min(self.target, at + done * step)
+
+    def _fitting(self, before: list[int], began: int, step: int, steps: int) -> int:
+        """How many of these steps fit, which begin in one window: there it holds more and more."""
+
+        def fits(n: int) -> bool:
+            end = min(self.target, began + n * step)
+            return self._fit(before, self._own(end, began + (n - 1) * step))
+
+        return most(steps, fits)
+
+    def _own(self, tokens: int, began: int) -> list[int]:
+        return [self.pool.pages_left(g, tokens, began) for g in self.groups]
+
+    def _most_pages(self, end: int, step: int) -> list[int]:
+        """Pages that suffice for a step to ``end`` or before, wherever in a window it begins."""
+        tokens = min(self.target, end)
+        furthest = [g.window_tokens - math.gcd(g.window_tokens, step) for g in self.groups]
+        return [
+            g.pages(min(tokens, last + step) if g.window_tokens else tokens)
+            for g, last in zip(self.groups, furthest, strict=True)
+        ]
+
+    def _fit(self, before: list[int], own: list[int]) -> bool:
+        pages = _with(before, own, 1)
         if self.pool.lazy:
             return self.pool.nbytes(self.pool.chunks_of(pages)) <= self.free_bytes
         return self.pool.has(pages)
 
 
-def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: int = 0) -> None:
+def _with(pages: list[int], each: list[int], sequences: int) -> list[int]:
+    """Pages of each group, with those of some more sequences."""
+    return [n + sequences * more for n, more in zip(pages, each, strict=True)]
+
+
+def _grow(spec: PlanSpec, walk: Walk, pool: Pool, filled: _Filled, refused: bool) -> None:
     """Commit what the sequences have grown to, and what the strategy keeps beside it.
 
     Most is held at the end, or right before the last window's pages are given back. A refusal,
@@ -147,9 +217,9 @@ def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: 
     """
     if not pool.lazy:
         return
-    growth = _Growth(spec, pool, target, full, last)
+    growth = _Growth(spec, pool, filled)
     ends, turn = growth.ends, growth.turn
-    if full == spec.growing:
+    if not refused:
         free = walk.free_bytes - max(pool.nbytes(ends), pool.nbytes(turn))
         turn = growth.with_ahead(turn, free)
         ends = growth.with_kept(ends, turn, free)
@@ -161,35 +231,23 @@ def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: 
 
 
 class _Growth:
-    """Chunks of each group when sequences have grown, and right before a window is given back.
+    """Chunks of each group when sequences have grown, and right before a window is given back."""
 
-    Parameters
-    ----------
-    full : int
-        Sequences that are whole.
-    last : int
-        Tokens of one more, which found no room for the rest.
-    """
-
-    def __init__(self, spec: PlanSpec, pool: Pool, target: int, full: int, last: int) -> None:
+    def __init__(self, spec: PlanSpec, pool: Pool, filled: _Filled) -> None:
         self.spec, self.pool, self.groups = spec, pool, pool.model.groups
-        refused = full < spec.growing
-        self._target, self._whole = target, full if refused else full - 1
-        # A step that is refused is halved, down to a page.
-        self._step = min(g.geometry.page_tokens for g in self.groups) if refused else STEP_TOKENS
-        tokens = last if refused else target
-        began = max(0, tokens - 1) // self._step * self._step
-        self.ends = self._chunks(tokens, began)
+        self._before, last = filled.before, filled.last
+        self.ends = self._chunks(last.tokens, last.began)
         self.turn = self.after_turn = [0] * len(self.groups)
         for window in (g.window_tokens for g in self.groups if g.window_tokens):
-            if began >= window:
-                at = -(-(began // window * window) // self._step) * self._step
-                self.turn = self._chunks(at, at - self._step)
-                self.after_turn = self._chunks(at + self._step, at)
+            if last.began >= window:
+                at = -(-(last.began // window * window) // last.step) * last.step
+                self.turn = self._chunks(at, at - last.step)
+                self.after_turn = self._chunks(at + last.step, at)
 
     def _chunks(self, tokens: int, began: int) -> list[int]:
-        """Of the whole sequences, and of one of ``tokens`` whose last step began at ``began``."""
-        return self.pool.chunks_of(self.pool.pages_of(self._whole, self._target, tokens, began))
+        """With one sequence of ``tokens``, whose last step began at ``began``, after the others."""
+        own = [self.pool.pages_left(g, tokens, began) for g in self.groups]
+        return self.pool.chunks_of(_with(self._before, own, 1))
 
     def with_kept(self, chunks: list[int], turn: list[int], free_bytes: int) -> list[int]:
         """With what is mapped ahead, or was not given back, being less than the low-water mark."""
