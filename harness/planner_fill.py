@@ -13,6 +13,15 @@ from strategies import sizing
 from strategies.model import KVModel, LayerGroup
 
 
+@dataclass(frozen=True)
+class _Grown:
+    """One sequence: its tokens, and where its last step, of ``step`` tokens at most, began."""
+
+    tokens: int = 0
+    began: int = 0
+    step: int = STEP_TOKENS
+
+
 class Pool:
     """What a started strategy can hold."""
 
@@ -29,9 +38,12 @@ class Pool:
         """Pages of a sequence of ``tokens`` tokens: no more than a window's, where there is one."""
         return group.pages(sizing.window_tokens(group, tokens))
 
-    def pages_left(self, group: LayerGroup, tokens: int, last_step: int) -> int:
-        """Pages of a sequence whose last step began at ``last_step``: those that it could see."""
-        return group.pages(tokens) - group.window_start(last_step + 1) // group.geometry.page_tokens
+    def pages_of(self, grown: _Grown) -> list[int]:
+        """Pages of each group that a sequence holds: those that its last step could see."""
+        return [
+            g.pages(grown.tokens) - g.window_start(grown.began + 1) // g.geometry.page_tokens
+            for g in self.model.groups
+        ]
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """Whether committed (or reserved) chunks have the pages for it."""
@@ -95,15 +107,6 @@ def _fill_slots(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
 
 
 @dataclass(frozen=True)
-class _Grown:
-    """One sequence: its tokens, and where its last step, of ``step`` tokens at most, began."""
-
-    tokens: int = 0
-    began: int = 0
-    step: int = STEP_TOKENS
-
-
-@dataclass(frozen=True)
 class _Filled:
     """Sequences: how many are whole, the pages of those before the last, and the last one."""
 
@@ -128,81 +131,87 @@ class _Filling:
     def all(self, sequences: int) -> _Filled:
         """Fill one after another, until one is refused.
 
-        The more the others hold, the smaller are the steps of the next; those of equal steps hold
-        equally much.
+        The more the others hold, the smaller are the steps of the next; those that end in equal
+        steps hold equally much.
         """
         whole, before = 0, [0] * len(self.groups)
         while True:
-            last = self.one(before)
+            last = self._one(before)
             if last.tokens < self.target:
                 return _Filled(whole, before, last)
             alike = self._alike(before, last, sequences - whole - 1)
-            each = self._own(last.tokens, last.began)
+            each = self.pool.pages_of(last)
             whole += 1 + alike
             if whole == sequences:
                 return _Filled(whole, _with(before, each, alike), last)
             before = _with(before, each, 1 + alike)
 
     def _alike(self, before: list[int], grown: _Grown, sequences: int) -> int:
-        """How many more sequences, of those that are left, grow by the steps of this one."""
-        each = self._own(grown.tokens, grown.began)
-        return most(sequences, lambda n: self.one(_with(before, each, n)) == grown)
+        """How many of the sequences that are left end in the steps of this one."""
+        each = self.pool.pages_of(grown)
+        return most(sequences, lambda n: self._one(_with(before, each, n)) == grown)
 
-    def one(self, before: list[int]) -> _Grown:
+    def _one(self, before: list[int]) -> _Grown:
         """Grow one sequence beside others that hold so many pages of each group."""
         steps, grown = Steps(self.grain), _Grown()
-        while grown.tokens < self.target:
-            at = grown.tokens
-            end = self._end(before, at, steps.tokens)
-            if end > at:
-                began = at + (end - at - 1) // steps.tokens * steps.tokens
-                grown = _Grown(end, began, steps.tokens)
-            if end < self.target and not steps.halve():
-                break
-        return grown
+        while True:
+            grown = self._equal_steps(before, grown, steps.tokens)
+            if grown.tokens == self.target or not steps.halve():
+                return grown
 
-    def _end(self, before: list[int], at: int, step: int) -> int:
-        """Where the first of equal steps from ``at`` on is refused, or the target."""
+    def _equal_steps(self, before: list[int], grown: _Grown, step: int) -> _Grown:
+        """Grow it further, until the first of equal steps is refused."""
+        at = grown.tokens
         count = -(-(self.target - at) // step)
-        done = most(count, lambda n: self._fit(before, self._most_pages(at + n * step, step)))
-        while self.window and done < count:
-            began = at + done * step
-            inside = min(count - done, -(-(self.window - began % self.window) // step))
-            fitting = self._fitting(before, began, step, inside)
-            done += fitting
-            if fitting < inside:
-                break
-        return min(self.target, at + done * step)
 
-    def _fitting(self, before: list[int], began: int, step: int, steps: int) -> int:
-        """How many of these steps fit, which begin in one window: there it holds more and more."""
+        def after(n: int) -> _Grown:
+            end = min(self.target, at + n * step)
+            return _Grown(end, at + (n - 1) * step, step) if n else grown
 
         def fits(n: int) -> bool:
-            end = min(self.target, began + n * step)
-            return self._fit(before, self._own(end, began + (n - 1) * step))
+            return self._fits(before, after(n - 1), after(n))
 
-        return most(steps, fits)
+        done = 1 if count and fits(1) else 0
+        if not done:
+            return grown
+        done = _furthest(done, count, lambda n: self._surely(before, after(n)))
+        while self.window and done < count and fits(done + 1):
+            # Within a window it holds more and more; the step into the next one is what differs.
+            left = self.window - after(done).tokens % self.window
+            inside = min(count, done - (-left // step))
+            done = _furthest(done + 1, inside, fits)
+            if done < inside:
+                break
+        return after(done)
 
-    def _own(self, tokens: int, began: int) -> list[int]:
-        return [self.pool.pages_left(g, tokens, began) for g in self.groups]
-
-    def _most_pages(self, end: int, step: int) -> list[int]:
-        """Pages that suffice for a step to ``end`` or before, wherever in a window it begins."""
-        tokens = min(self.target, end)
-        furthest = [g.window_tokens - math.gcd(g.window_tokens, step) for g in self.groups]
-        return [
-            g.pages(min(tokens, last + step) if g.window_tokens else tokens)
-            for g, last in zip(self.groups, furthest, strict=True)
+    def _surely(self, before: list[int], grown: _Grown) -> bool:
+        """Whether all steps of this length up to here fit, wherever in a window each begins."""
+        longest = [g.window_tokens - math.gcd(g.window_tokens, grown.step) for g in self.groups]
+        own = [
+            g.pages(min(grown.tokens, n + grown.step) if g.window_tokens else grown.tokens)
+            for g, n in zip(self.groups, longest, strict=True)
         ]
+        return self._fit(self.pool.chunks_of(_with(before, own)), _with(before, own))
 
-    def _fit(self, before: list[int], own: list[int]) -> bool:
-        pages = _with(before, own, 1)
+    def _fits(self, before: list[int], old: _Grown, new: _Grown) -> bool:
+        """Whether a step fits; chunks behind a window are not given back before it has ended."""
+        pages = _with(before, self.pool.pages_of(new))
+        kept = self.pool.chunks_of(_with(before, self.pool.pages_of(old)))
+        held = [max(pair) for pair in zip(kept, self.pool.chunks_of(pages), strict=True)]
+        return self._fit(held, pages)
+
+    def _fit(self, chunks: list[int], pages: list[int]) -> bool:
         if self.pool.lazy:
-            return self.pool.nbytes(self.pool.chunks_of(pages)) <= self.free_bytes
+            return self.pool.nbytes(chunks) <= self.free_bytes
         return self.pool.has(pages)
 
 
-def _with(pages: list[int], each: list[int], sequences: int) -> list[int]:
+def _furthest(known: int, limit: int, fits: Callable[[int], bool]) -> int:
+    """Find the most, up to a limit, that fits: no less than what is known to."""
+    return known + most(limit - known, lambda more: fits(known + more))
+
+
+def _with(pages: list[int], each: list[int], sequences: int = 1) -> list[int]:
     """Pages of each group, with those of some more sequences."""
     return [n + sequences * more for n, more in zip(pages, each, strict=True)]
 
@@ -236,18 +245,18 @@ class _Growth:
     def __init__(self, spec: PlanSpec, pool: Pool, filled: _Filled) -> None:
         self.spec, self.pool, self.groups = spec, pool, pool.model.groups
         self._before, last = filled.before, filled.last
-        self.ends = self._chunks(last.tokens, last.began)
+        self.ends = self._chunks(last)
         self.turn = self.after_turn = [0] * len(self.groups)
+        step = last.step
         for window in (g.window_tokens for g in self.groups if g.window_tokens):
             if last.began >= window:
-                at = -(-(last.began // window * window) // last.step) * last.step
-                self.turn = self._chunks(at, at - last.step)
-                self.after_turn = self._chunks(at + last.step, at)
+                at = -(-(last.began // window * window) // step) * step
+                self.turn = self._chunks(_Grown(at, at - step, step))
+                self.after_turn = self._chunks(_Grown(at + step, at, step))
 
-    def _chunks(self, tokens: int, began: int) -> list[int]:
-        """With one sequence of ``tokens``, whose last step began at ``began``, after the others."""
-        own = [self.pool.pages_left(g, tokens, began) for g in self.groups]
-        return self.pool.chunks_of(_with(self._before, own, 1))
+    def _chunks(self, last: _Grown) -> list[int]:
+        """With this one behind the others."""
+        return self.pool.chunks_of(_with(self._before, self.pool.pages_of(last)))
 
     def with_kept(self, chunks: list[int], turn: list[int], free_bytes: int) -> list[int]:
         """With what is mapped ahead, or was not given back, being less than the low-water mark."""
