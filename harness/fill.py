@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from harness.growth import Growth
 from harness.ledger import Ledger
+from harness.steps import Steps
 from harness.synthetic import Content
 from harness.workspace import BANK_TOKENS
 from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
 
-STEP_TOKENS = 2048  # a prefill chunk: what an engine grows a sequence by
 EVENTS_PER_FILL = 100
 PEAK_SHARE = 0.005  # by which memory may have grown since it was last read, when some is given back
 
@@ -57,8 +57,7 @@ class Filler:
             With as much resident as fits: a refused step is halved down to one grain.
         """
         began = time.perf_counter()
-        step = STEP_TOKENS
-        grain = self.grain_tokens
+        steps = Steps(self.grain_tokens)
         report_every = max(BANK_TOKENS, target_tokens // EVENTS_PER_FILL)
         written = reported = before = self.strategy.resident_tokens(sequence)
         try:
@@ -67,13 +66,12 @@ class Filler:
                 if any(at // w > before // w for w in self.windows) and self._grew():
                     self._report()
                 before = at
-                want = min(step - at % grain, target_tokens - at)
+                want = steps.next(at, target_tokens)
                 try:
                     self._extend(sequence, want)
                 except (OutOfMemory, Refused):
-                    if step <= grain:
+                    if not steps.halve():
                         raise
-                    step = max(grain, step // 2)
                     continue
                 at += want
                 if at - written >= BANK_TOKENS or at >= target_tokens:

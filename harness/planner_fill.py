@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from harness.fill import STEP_TOKENS
 from harness.planner_spec import PlanItem, PlanSpec
 from harness.planner_walk import Walk
+from harness.steps import STEP_TOKENS, Steps
 from strategies import sizing
 from strategies.model import KVModel, LayerGroup
+
+
+@dataclass(frozen=True)
+class _Grown:
+    """One sequence: its tokens, and where its last step, of ``step`` tokens at most, began."""
+
+    tokens: int = 0
+    began: int = 0
+    step: int = STEP_TOKENS
 
 
 class Pool:
@@ -27,9 +38,12 @@ class Pool:
         """Pages of a sequence of ``tokens`` tokens: no more than a window's, where there is one."""
         return group.pages(sizing.window_tokens(group, tokens))
 
-    def pages_left(self, group: LayerGroup, tokens: int, last_step: int) -> int:
-        """Pages of a sequence whose last step began at ``last_step``: those that it could see."""
-        return group.pages(tokens) - group.window_start(last_step + 1) // group.geometry.page_tokens
+    def pages_of(self, grown: _Grown) -> list[int]:
+        """Pages of each group that a sequence holds: those that its last step could see."""
+        return [
+            g.pages(grown.tokens) - g.window_start(grown.began + 1) // g.geometry.page_tokens
+            for g in self.model.groups
+        ]
 
     def fits(self, tokens: int, sequences: int) -> bool:
         """Whether committed (or reserved) chunks have the pages for it."""
@@ -52,22 +66,6 @@ class Pool:
             return self.bytes_of(spec.context_tokens, 1) <= walk.free_bytes
         return self.fits(spec.context_tokens, 1)
 
-    def pages_of(self, whole: int, target: int, tokens: int, began: int) -> list[int]:
-        """Pages of each group that sequences hold.
-
-        Parameters
-        ----------
-        whole : int
-            Sequences that have grown to ``target`` tokens.
-        tokens, began : int
-            Of one more, and where its last step began.
-        """
-        last_step = max(0, target - 1) // STEP_TOKENS * STEP_TOKENS
-        return [
-            whole * self.pages_left(g, target, last_step) + self.pages_left(g, tokens, began)
-            for g in self.model.groups
-        ]
-
     def chunks_of(self, pages: list[int]) -> list[int]:
         """Chunks of each group for so many pages of it, side by side."""
         return [-(-n // g.pages_per_chunk) for n, g in zip(pages, self.model.groups, strict=True)]
@@ -83,13 +81,12 @@ def fill(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
         _fill_slots(spec, walk, pool)
         return
     target = spec.target_tokens
-    held = _Held(pool, walk.free_bytes, target)
-    full = most(spec.growing, lambda n: held.next_tokens(n - 1) == target)
-    last = 0 if full == spec.growing else held.next_tokens(full)
-    walk.resident_tokens = target * full + last
+    filled = _Filling(pool, walk.free_bytes, target).all(spec.growing)
+    refused = filled.last.tokens < target
+    walk.resident_tokens = target * filled.whole + (filled.last.tokens if refused else 0)
     before = walk.free_bytes
-    _grow(spec, walk, pool, target, full, last)
-    if full == spec.growing:
+    _grow(spec, walk, pool, filled, refused)
+    if not refused:
         return
     short = pool.bytes_of(target, spec.growing) - (walk.kv_bytes if pool.lazy else 0)
     item = PlanItem("fill", "kv_pages", max(0, short))
@@ -109,35 +106,117 @@ def _fill_slots(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
     walk.resident_tokens = target * spec.growing
 
 
-class _Held:
-    """How far one more sequence grows beside whole ones, page by page: a refused step is halved."""
+@dataclass(frozen=True)
+class _Filled:
+    """Sequences: how many are whole, the pages of those before the last, and the last one."""
+
+    whole: int
+    before: list[int]
+    last: _Grown
+
+
+class _Filling:
+    """The steps of :mod:`harness.fill`, many at once.
+
+    All groups have pages of one size, of which a step and a window are multiples, and there is one
+    length of windows.
+    """
 
     def __init__(self, pool: Pool, free_bytes: int, target: int) -> None:
         self.pool, self.free_bytes, self.target = pool, free_bytes, target
-        self.page = min(g.geometry.page_tokens for g in pool.model.groups)
-        self.window = max(g.window_tokens for g in pool.model.groups)
+        self.groups = pool.model.groups
+        self.grain = min(g.geometry.page_tokens for g in self.groups)
+        self.window = max(g.window_tokens for g in self.groups)
 
-    def next_tokens(self, whole: int) -> int:
-        """Tokens at which the one that follows ``whole`` whole ones is refused, or the target.
+    def all(self, sequences: int) -> _Filled:
+        """Fill one after another, until one is refused.
 
-        Within a window it holds more and more; behind one it gives pages back. The first window
-        whose end does not fit is where it ends.
+        The more the others hold, the smaller are the steps of the next; those that end in equal
+        steps hold equally much.
         """
-        if not self.window:
-            return most(self.target, lambda tokens: self._fits(whole, tokens))
-        ends = self.target // self.window
-        at = most(ends, lambda n: self._fits(whole, n * self.window)) * self.window
-        rest = min(self.window, self.target - at)
-        return at + most(rest, lambda tokens: self._fits(whole, at + tokens))
+        whole, before = 0, [0] * len(self.groups)
+        while True:
+            last = self._one(before)
+            if last.tokens < self.target:
+                return _Filled(whole, before, last)
+            alike = self._alike(before, last, sequences - whole - 1)
+            each = self.pool.pages_of(last)
+            whole += 1 + alike
+            if whole == sequences:
+                return _Filled(whole, _with(before, each, alike), last)
+            before = _with(before, each, 1 + alike)
 
-    def _fits(self, whole: int, tokens: int) -> bool:
-        pages = self.pool.pages_of(whole, self.target, tokens, max(0, tokens - self.page))
+    def _alike(self, before: list[int], grown: _Grown, sequences: int) -> int:
+        """How many of the sequences that are left end in the steps of this one."""
+        each = self.pool.pages_of(grown)
+        return most(sequences, lambda n: self._one(_with(before, each, n)) == grown)
+
+    def _one(self, before: list[int]) -> _Grown:
+        """Grow one sequence beside others that hold so many pages of each group."""
+        steps, grown = Steps(self.grain), _Grown()
+        while True:
+            grown = self._equal_steps(before, grown, steps.tokens)
+            if grown.tokens == self.target or not steps.halve():
+                return grown
+
+    def _equal_steps(self, before: list[int], grown: _Grown, step: int) -> _Grown:
+        """Grow it further, until the first of equal steps is refused."""
+        at = grown.tokens
+        count = -(-(self.target - at) // step)
+
+        def after(n: int) -> _Grown:
+            end = min(self.target, at + n * step)
+            return _Grown(end, at + (n - 1) * step, step) if n else grown
+
+        def fits(n: int) -> bool:
+            return self._fits(before, after(n - 1), after(n))
+
+        done = 1 if count and fits(1) else 0
+        if not done:
+            return grown
+        done = _furthest(done, count, lambda n: self._surely(before, after(n)))
+        while self.window and done < count and fits(done + 1):
+            # Within a window it holds more and more; the step into the next one is what differs.
+            left = self.window - after(done).tokens % self.window
+            inside = min(count, done - (-left // step))
+            done = _furthest(done + 1, inside, fits)
+            if done < inside:
+                break
+        return after(done)
+
+    def _surely(self, before: list[int], grown: _Grown) -> bool:
+        """Whether all steps of this length up to here fit, wherever in a window each begins."""
+        longest = [g.window_tokens - math.gcd(g.window_tokens, grown.step) for g in self.groups]
+        own = [
+            g.pages(min(grown.tokens, n + grown.step) if g.window_tokens else grown.tokens)
+            for g, n in zip(self.groups, longest, strict=True)
+        ]
+        return self._fit(self.pool.chunks_of(_with(before, own)), _with(before, own))
+
+    def _fits(self, before: list[int], old: _Grown, new: _Grown) -> bool:
+        """Whether a step fits; chunks behind a window are not given back before it has ended."""
+        pages = _with(before, self.pool.pages_of(new))
+        kept = self.pool.chunks_of(_with(before, self.pool.pages_of(old)))
+        held = [max(pair) for pair in zip(kept, self.pool.chunks_of(pages), strict=True)]
+        return self._fit(held, pages)
+
+    def _fit(self, chunks: list[int], pages: list[int]) -> bool:
         if self.pool.lazy:
-            return self.pool.nbytes(self.pool.chunks_of(pages)) <= self.free_bytes
+            return self.pool.nbytes(chunks) <= self.free_bytes
         return self.pool.has(pages)
 
 
-def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: int = 0) -> None:
+def _furthest(known: int, limit: int, fits: Callable[[int], bool]) -> int:
+    """Find the most, up to a limit, that fits: no less than what is known to."""
+    return known + most(limit - known, lambda more: fits(known + more))
+
+
+def _with(pages: list[int], each: list[int], sequences: int = 1) -> list[int]:
+    """Pages of each group, with those of some more sequences."""
+    return [n + sequences * more for n, more in zip(pages, each, strict=True)]
+
+
+def _grow(spec: PlanSpec, walk: Walk, pool: Pool, filled: _Filled, refused: bool) -> None:
     """Commit what the sequences have grown to, and what the strategy keeps beside it.
 
     Most is held at the end, or right before the last window's pages are given back. A refusal,
@@ -147,9 +226,9 @@ def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: 
     """
     if not pool.lazy:
         return
-    growth = _Growth(spec, pool, target, full, last)
+    growth = _Growth(spec, pool, filled)
     ends, turn = growth.ends, growth.turn
-    if full == spec.growing:
+    if not refused:
         free = walk.free_bytes - max(pool.nbytes(ends), pool.nbytes(turn))
         turn = growth.with_ahead(turn, free)
         ends = growth.with_kept(ends, turn, free)
@@ -161,35 +240,23 @@ def _grow(spec: PlanSpec, walk: Walk, pool: Pool, target: int, full: int, last: 
 
 
 class _Growth:
-    """Chunks of each group when sequences have grown, and right before a window is given back.
+    """Chunks of each group when sequences have grown, and right before a window is given back."""
 
-    Parameters
-    ----------
-    full : int
-        Sequences that are whole.
-    last : int
-        Tokens of one more, which found no room for the rest.
-    """
-
-    def __init__(self, spec: PlanSpec, pool: Pool, target: int, full: int, last: int) -> None:
+    def __init__(self, spec: PlanSpec, pool: Pool, filled: _Filled) -> None:
         self.spec, self.pool, self.groups = spec, pool, pool.model.groups
-        refused = full < spec.growing
-        self._target, self._whole = target, full if refused else full - 1
-        # A step that is refused is halved, down to a page.
-        self._step = min(g.geometry.page_tokens for g in self.groups) if refused else STEP_TOKENS
-        tokens = last if refused else target
-        began = max(0, tokens - 1) // self._step * self._step
-        self.ends = self._chunks(tokens, began)
+        self._before, last = filled.before, filled.last
+        self.ends = self._chunks(last)
         self.turn = self.after_turn = [0] * len(self.groups)
+        step = last.step
         for window in (g.window_tokens for g in self.groups if g.window_tokens):
-            if began >= window:
-                at = -(-(began // window * window) // self._step) * self._step
-                self.turn = self._chunks(at, at - self._step)
-                self.after_turn = self._chunks(at + self._step, at)
+            if last.began >= window:
+                at = -(-(last.began // window * window) // step) * step
+                self.turn = self._chunks(_Grown(at, at - step, step))
+                self.after_turn = self._chunks(_Grown(at + step, at, step))
 
-    def _chunks(self, tokens: int, began: int) -> list[int]:
-        """Of the whole sequences, and of one of ``tokens`` whose last step began at ``began``."""
-        return self.pool.chunks_of(self.pool.pages_of(self._whole, self._target, tokens, began))
+    def _chunks(self, last: _Grown) -> list[int]:
+        """With this one behind the others."""
+        return self.pool.chunks_of(_with(self._before, self.pool.pages_of(last)))
 
     def with_kept(self, chunks: list[int], turn: list[int], free_bytes: int) -> list[int]:
         """With what is mapped ahead, or was not given back, being less than the low-water mark."""

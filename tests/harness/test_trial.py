@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from harness import forecast, trial
 from harness.cell import Cell
 from harness.columns import ordered
-from harness.fill import STEP_TOKENS
 from harness.launch import unfinished
 from harness.provenance import attempt
 from harness.rows import own_crash
 from harness.sizes import BadValue
+from harness.steps import STEP_TOKENS
 from harness.summary import summarise
 from harness.trial import Trial
 from strategies.device_host import HostDevice
