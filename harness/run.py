@@ -47,23 +47,27 @@ def point_cells(settings: Settings) -> list[list[Cell]]:
 
 
 def engine_cells(settings: Settings) -> list[list[Cell]]:
-    """Starts of an engine, then the same by its emulation; none where a bracket is asked for."""
+    """Starts of an engine, each before its emulation; none where a bracket is asked for."""
     if settings.brackets:
         return []
     return [
         [Cell(settings, context, 0.0, timing=False, repeat=repeat, real=real)]
-        for real in (True, False)
         for repeat in range(settings.repeats)
         for context in settings.contexts
+        for real in (True, False)
     ]
 
 
 def interleaved(all_settings: list[Settings]) -> list[list[Cell]]:
-    """Every strategy's jobs, alternating (A B A B) wherever they ask the same question."""
+    """Every strategy's jobs, alternating (A B A B) wherever they ask the same question.
+
+    An emulation follows at once on the engine that it stands beside, so that a run that is cut off
+    has pairs.
+    """
     queues = [point_cells(s) for s in all_settings]
     order = [
-        (cells[0].repeat, position, arm, cells)
-        for arm, jobs in enumerate(queues)
+        (cells[0].repeat, position // (2 if settings.engine else 1), arm, cells)
+        for arm, (settings, jobs) in enumerate(zip(all_settings, queues, strict=True))
         for position, cells in enumerate(jobs)
     ]
     order.sort(key=lambda item: item[:3])

@@ -50,11 +50,12 @@ def ran(monkeypatch, tmp_path):
     return go
 
 
-def test_engines_are_started_before_their_emulations_are_run(ran):
+def test_each_engine_is_started_just_before_its_emulation_is_run(ran):
     points = [s for s in arms() if not s.brackets]
     _, order = ran(points)
     assert len(order) == 2 * len(points)
-    assert [real for real, _ in order] == [True] * len(points) + [False] * len(points)
+    assert [real for real, _ in order] == [True, False] * len(points)
+    assert [context for _, context in order[::2]] == [context for _, context in order[1::2]]
     first = points[0]
     assert (first.strategy, first.options["max_running_requests"]) == ("sglang", None)
     assert order[0] == (True, 10_000_000)
