@@ -1,8 +1,7 @@
 """Pairs: what an engine itself held, beside its emulation and the planner with the same flags.
 
 A figure agrees when it is within 1 % of the engine's (or within what a driver rounds a tensor up
-to, or what torch's cache may hide of a difference); a start-up bracket when the planner's point is
-within 2 % of its middle.
+to); a start-up bracket when the planner's point is within 2 % of its middle.
 """
 
 from __future__ import annotations
@@ -28,12 +27,6 @@ ITEMS = (
     "weights rope_cos_sin req_to_token block_tables input_block_tables all_token_ids kv_pool "
     "free_slots page_table strided_indices decode_cuda_graphs piecewise_cuda_graphs cuda_graphs"
 ).split()
-# A difference of free memory misses what came out of torch's cache; read at these steps.
-BEFORE_DIFFERENCE = {
-    "decode_cuda_graphs": "before device_graphs",
-    "piecewise_cuda_graphs": "before piecewise_cuda_graphs",
-    "cuda_graphs": "warm_up",
-}
 FREE, ASKED, WHOLE, TOKENS = "free before it", "asked for", "whole at ready", "pool tokens"
 
 
@@ -151,8 +144,7 @@ def _items(
     """Every figure of a start that there is, each real, emulated and planned."""
     own: dict[str, int] = {str(i["name"]): int(i["bytes"]) for i in start.get("items") or []}
     rounding = {
-        str(i["name"]): _cached_bytes(start, i) or int(i["count"]) * GRANULARITY_BYTES
-        for i in start.get("items") or []
+        str(i["name"]): int(i["count"]) * GRANULARITY_BYTES for i in start.get("items") or []
     }
     by_formula = {i.allocation: i.nbytes for i in planned.items if not i.failed}
     allocated = _sums(held)
@@ -199,15 +191,6 @@ def _tokens(real: Row, allocated: dict[str, int]) -> int | None:
     if pool is None:
         return None
     return pool // token - (1 if real["strategy"] == "sglang" else 0)
-
-
-def _cached_bytes(start: Row, item: Row) -> int:
-    """What torch had in its cache where a difference began; 0 for a tensor."""
-    if item["how"] != "difference":
-        return 0
-    step = BEFORE_DIFFERENCE.get(str(item["name"]))
-    before: Row = next((p for p in start.get("phases") or [] if p["step"] == step), {})
-    return int(before.get("torch_reserved_bytes", 0)) - int(before.get("torch_allocated_bytes", 0))
 
 
 def _figure(

@@ -22,7 +22,8 @@ append records to one file, each flushed as it happens, so that a killed start l
                torch_allocated_bytes, torch_reserved_bytes, torch_peak_reserved_bytes
     item       phase (weights, tables, pool, workspace), name (as the emulation calls it), bytes
                (all of it), count (of equal tensors), shape, location (device, host, host_pinned),
-               how (tensor, parameters, or difference: of device_free_bytes before and after)
+               how (tensor, parameters, or graph_pools: what the driver and torch's private pools
+               hold more than before)
     held       lines: live allocations of torch by source line, largest first
                (where, stack, bytes, count, name)
     ready      nvml_peak_bytes, every meter, pool_tokens, request_limit, max_request_tokens,

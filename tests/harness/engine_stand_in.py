@@ -57,6 +57,12 @@ class Memory:
         ]
         return {"segments": [{"blocks": blocks}], "device_traces": [self.ooms]}
 
+    def segments(self) -> list[dict[str, object]]:
+        return [
+            {"total_size": n, "segment_pool_id": (0, int("capture" in str(f[-1]["name"])))}
+            for n, f in self.live
+        ]
+
 
 def made_up_modules(memory: Memory) -> None:
     """Put a torch and a pynvml in place that know this memory."""
@@ -68,6 +74,7 @@ def made_up_modules(memory: Memory) -> None:
         memory_allocated=lambda: memory.used - GIB,
         memory_reserved=lambda: memory.used - GIB,
         max_memory_reserved=lambda: memory.used - GIB,
+        memory_snapshot=memory.segments,
         memory=types.SimpleNamespace(
             _record_memory_history=lambda **given: None, _snapshot=memory.snapshot
         ),

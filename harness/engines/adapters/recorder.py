@@ -29,6 +29,7 @@ HELD_LEAST_BYTES = 16 * MIB
 HELD_LINES = 24
 MESSAGE_CHARS = 2000
 HISTORY_ENTRIES = 400_000
+DEFAULT_POOL = (0, 0)  # where torch keeps what is no graph's
 # Frames of these files only pass an allocation on.
 _PASSING = ("/torch/", "<frozen", "/contextlib.py", "/threading.py", "/runpy.py", "??")
 _NAME = re.compile(r"""(?:self\.(\w+)\s*(?::[^=]+)?=[^=]|["'](\w+)["']\s*:)""")
@@ -195,6 +196,19 @@ class Recorder:
             "torch_reserved_bytes": int(torch.cuda.memory_reserved()),
             "torch_peak_reserved_bytes": int(torch.cuda.max_memory_reserved()),
         }
+
+    def graphs_bytes(self) -> int:
+        """What CUDA graphs may hold: the driver's memory beyond torch's, torch's private pools."""
+        import torch
+
+        free, total = torch.cuda.mem_get_info()
+        driver = int(total - free) - int(torch.cuda.memory_reserved())
+        pools = [
+            int(segment["total_size"])
+            for segment in torch.cuda.memory_snapshot()
+            if tuple(segment.get("segment_pool_id", DEFAULT_POOL)) != DEFAULT_POOL
+        ]
+        return driver + sum(pools)
 
     # -- internals ------------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ class Start:
     def __init__(self, recorder: Any) -> None:  # noqa: ANN401
         self.recorder = recorder
         self.runner: Any = None
-        self.free: dict[str, int] = {}
+        self.graphs: dict[str, int] = {}
 
     def run(self) -> None:
         """Build the scheduler and record it; raises whatever the engine raises."""
@@ -86,10 +86,12 @@ class Start:
 
         def graphs(step: str) -> None:
             def before(this: Any) -> None:  # noqa: ANN401
-                self.free[step] = tell("workspace", f"before {step}")["device_free_bytes"]
+                tell("workspace", f"before {step}")
+                self.graphs[step] = -self.recorder.graphs_bytes()
 
             def after(this: Any) -> None:  # noqa: ANN401
-                self.free[step] -= tell("workspace", step)["device_free_bytes"]
+                tell("workspace", step)
+                self.graphs[step] += self.recorder.graphs_bytes()
 
             self.recorder.wrap(runner, f"init_{step}", before, after)
 
@@ -132,10 +134,9 @@ class Start:
         self.recorder.tensor("tables", "rope_cos_sin", cache)
 
     def _backend(self, backend: Any) -> None:  # noqa: ANN401
-        """Tables of the attention backend, and what graphs took beside them."""
+        """Tables of the attention backend, and what graphs hold beside them."""
         import torch
 
-        tables = 0
         for owner, value in vars(backend).items():
             named = value.items() if isinstance(value, dict) else [(owner, value)]
             for name, one in named:
@@ -145,13 +146,12 @@ class Start:
                     nbytes = one.numel() * one.element_size()
                     if nbytes >= LEAST_TABLE_BYTES:
                         self.recorder.tensor("workspace", str(name), one)
-                        tables += nbytes
-        decode = self.free.get("device_graphs", 0) - tables
+        decode = self.graphs.get("device_graphs", 0)
         if not self.recorder.spec["flags"].get("disable_cuda_graph"):
-            self.recorder.item("workspace", "decode_cuda_graphs", decode, how="difference")
-        piecewise = self.free.get("piecewise_cuda_graphs", 0)
+            self.recorder.item("workspace", "decode_cuda_graphs", decode, how="graph_pools")
+        piecewise = self.graphs.get("piecewise_cuda_graphs", 0)
         if not self.recorder.get(self.runner, "server_args.disable_piecewise_cuda_graph"):
-            self.recorder.item("workspace", "piecewise_cuda_graphs", piecewise, how="difference")
+            self.recorder.item("workspace", "piecewise_cuda_graphs", piecewise, how="graph_pools")
 
 
 def name_of(frames: list[dict[str, Any]]) -> str:

@@ -89,10 +89,12 @@ class Start:
             tell("context")
 
         def before_graphs(this: Any) -> None:  # noqa: ANN401
-            self.graphs = tell("workspace", "warm_up")["device_free_bytes"]
+            tell("workspace", "warm_up")
+            self.graphs = -self.recorder.graphs_bytes()
 
         def after_graphs(this: Any) -> None:  # noqa: ANN401
-            self.graphs -= tell("workspace", "cuda_graphs")["device_free_bytes"]
+            tell("workspace", "cuda_graphs")
+            self.graphs += self.recorder.graphs_bytes()
 
         wrap(worker, "init_device", after=keep)
         wrap(worker, "load_model", after=lambda this: tell("weights"))
@@ -126,7 +128,7 @@ class Start:
         if complete or getattr(runner, "kv_caches", None):
             self._equal("pool", "kv_pool", take(runner, "kv_caches"))
         if complete and not take(self.worker, "model_config.enforce_eager"):
-            self.recorder.item("workspace", "cuda_graphs", self.graphs, how="difference")
+            self.recorder.item("workspace", "cuda_graphs", self.graphs, how="graph_pools")
 
     def _equal(self, phase: str, name: str, tensors: list[Any]) -> None:
         """Record tensors of one shape as one item."""
