@@ -152,7 +152,8 @@ def _named(row: Row) -> str:
         needs, has = gib_of(row, "oom_requested_bytes"), gib_of(row, "oom_free_bytes")
         said += f"; its K/V needs {needs:.1f} GiB, has {has:.1f}" if needs else ""
         said += "; crashes with everything allocated" if row["status"] == "crash" else ""
-    return f"{row['model']} ({said})"
+    whose = "a dense stand-in of " if row.get("engine_version") else ""
+    return f"{whose}{row['model']} ({said})"
 
 
 def _few_and_default(rows: list[Row]) -> tuple[list[Row], list[Row]]:

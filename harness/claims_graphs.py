@@ -18,7 +18,6 @@ from harness.evidence import (
 )
 from harness.rows import Row
 from harness.sizes import GIB
-from strategies.sglang_tables import GRAPH_BYTES, GRAPHS_BASE_BYTES
 
 MANY_REQUESTS = 128  # graphs cost with the batches that they are captured for
 RUN_CLAIMS = (
@@ -46,8 +45,11 @@ def graphs_off(evidence: Evidence) -> Verdict:
     if inside:
         text += f"; 4 to 10 GB for {'; '.join(inside)}"
     if any(on.get("emulated_version") for on, _ in pairs):
-        size = f"{GRAPHS_BASE_BYTES / 1e6:.0f} MB and {GRAPH_BYTES / 1e6:.1f} MB a batch size"
-        text += f"; graphs themselves count {size}, as measured in SGLang, their tables exactly"
+        text += "; graphs themselves are counted by a formula, their tables exactly"
+    own = [] if pairs == kinds[0] else [p for p in kinds[0] if p[0].get("engine_version")]
+    if own:
+        gb = list(map(_saved_gb, own))
+        text += f"; on SGLang itself {min(gb):.2f} to {max(gb):.2f} GB ({_start(own[0][0])})"
     long = best_first(evidence.of("sglang", context_tokens=MILLIONS_10))
     failing = next((found for kind in long if (found := _failing_without(kind))), [])
     if failing:
@@ -55,7 +57,7 @@ def graphs_off(evidence: Evidence) -> Verdict:
         text += "; where 10M fails with default flags, turning graphs off " + (
             "makes it start" if rescued else "does not make it start"
         )
-    rows = tuple(r for pair in (*pairs, *failing) for r in pair)
+    rows = tuple(r for pair in (*pairs, *own, *failing) for r in pair)
     return Verdict(verdict, text, rows, round(max(saved), 2))
 
 

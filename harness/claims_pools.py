@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from harness.engine_rows import flags_of
 from harness.evidence import (
     CONDITIONAL,
     MILLIONS_10,
@@ -228,13 +229,26 @@ def lower_fraction(evidence: Evidence) -> Verdict:
     good = {what: sorted({r["mem_fraction"] for r in own if starts(r)}) for what, own in of.items()}
     text = (
         f"as a fraction of the context {_fractions(of['context'])}; as a fraction of the device "
-        f"(SGLang's own meaning) {_fractions(of['device'])}"
+        f"(as SGLang means it) {_fractions(of['device'])}"
     )
+    engine = _engine_fractions(evidence)
+    if engine:
+        text += f"; SGLang itself, which has its tables besides: {_fractions(engine)}"
     if 0.65 in good["context"]:
         verdict = REFUTED
     else:
         verdict = CONDITIONAL if good["context"] or good["device"] else SUPPORTED
-    return Verdict(verdict, text, tuple(rows), max(good["context"], default=0.0))
+    return Verdict(verdict, text, tuple(rows + engine), max(good["context"], default=0.0))
+
+
+def _engine_fractions(evidence: Evidence) -> list[Row]:
+    """Starts of SGLang itself at 10M with nothing but a fraction, which their row then names."""
+    found = evidence.of("sglang", lambda r: bool(r.get("engine_version")))
+    return [
+        r | {"mem_fraction": option(r, "mem_fraction_static")}
+        for r in found
+        if r["context_tokens"] == MILLIONS_10 and set(flags_of(r)) == {"mem_fraction_static"}
+    ]
 
 
 def _fractions(rows: list[Row]) -> str:

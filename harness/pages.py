@@ -127,11 +127,10 @@ def trust(runs: list[Run], folders: list[str]) -> str:
 
 
 def _planned(own: pd.DataFrame) -> str:
-    """Largest deviation of a peak from what the planner said, in per cent."""
+    """Largest deviation of a peak from what the planner said, in per cent, of rows that are ok."""
     both = own[own["predicted_peak_bytes"].notna() & own["peak_device_bytes"].notna()]
-    both = both[(both["status"] == both["predicted_status"]) & (both["predicted_peak_bytes"] > 0)]
-    # What an engine itself holds as it fails, no formula says: a profile pass, half of a pool.
-    both = both[(both["engine_version"] == "") | (both["status"] == "ok")]
+    ok = (both["status"] == "ok") & (both["predicted_status"] == "ok")
+    both = both[ok & (both["predicted_peak_bytes"] > 0)]
     off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs().max() * 100
     return f"{off:.2f}" if known(off) else EMPTY
 

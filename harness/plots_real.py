@@ -85,7 +85,7 @@ def figure_real_engines(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         axes.set_title(style.plain(f"{model or 'any'} model, one rank"), loc="left")
         for value in real["capacity_bytes"].dropna().unique():
             axes.axvline(value / GIB, color="black", linewidth=1, linestyle=(0, (4, 2)))
-    figure.axes[-1].set_xlabel("held at ready, or asked for, GiB of one GPU")
+    figure.axes[-1].set_xlabel("held, or asked for, GiB of one GPU")
     handles: list[Patch | Line2D] = [
         Patch(color=c, label=n) for n, c in COLOURS.items() if n in used
     ]
@@ -157,7 +157,11 @@ def _bar(axes: Axes, y: float, held: dict[str, float], row: pd.Series, alpha: fl
     said = ""
     if row["status"] != "ok":
         asked = max(row["oom_requested_bytes"] / GIB, 0.0)
-        said = f"  {row['status']}: {row['oom_allocation'] or row['oom_phase']}"
+        said = f"  {row['status']}"
+        if row["status"] == "crash":  # with everything allocated
+            left = max(left, row["peak_device_bytes"] / GIB)
+        else:
+            said += f": {row['oom_allocation'] or row['oom_phase']}"
         if asked > 0:
             axes.barh(y, asked, BAR, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
             left += asked

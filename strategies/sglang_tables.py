@@ -32,10 +32,11 @@ REQUEST_TABLE_LINES = {
 }
 
 # Taken by the 58 piecewise graphs of starts of 0.5.12.post1 on an H200 (chunks of 8192 tokens):
-# 1.09, 1.14 and 1.15 GB for three models.
+# 1.09 and 1.15 GB for two models, 1.14 in an earlier start.
 PIECEWISE_MEASURED_BYTES = 1_125_000_000
 PIECEWISE_MEASURED_SIZES = 58
-# Likewise decode graphs: 75 MB for 6 batch sizes, 229 MB for 36.
+# Likewise decode graphs, of 36 batch sizes 229 MB. Of 6 sizes 75 MB, where two starts agree once
+# the tables beside them are taken to lie in torch's cache; 36 sizes read 192 MB in another start.
 GRAPHS_BASE_BYTES = 44_400_000
 GRAPH_BYTES = 5_130_000
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1

@@ -32,8 +32,9 @@ from strategies.vllm_tables import (
 # What libraries take beside torch during the profile pass: 1.59 GiB were kept beyond weights and
 # rotary table in three eager starts of 0.23.0 on an H200, of which 1.28 GiB are activations.
 NON_TORCH_BYTES = round(0.31 * GIB)
-# Not eager, the profile pass of 0.23.0 peaked at the rotary table once more and 82 MB (one K/V
-# head) or 106 MB (two), whatever the requests: the engine's own figures, in four starts.
+# Not eager, the profile pass of 0.23.0 peaked at the rotary table once more and 82 MB whatever the
+# requests (the engine's own figure, in two starts with one K/V head), or 106 MB (with two heads;
+# follows from what it then had for K/V).
 COMPILED_PEAK_BYTES = 94_000_000
 # Driver memory that maps pinned host memory: 134 MB for 41 GB, 2 MB for 0.6 GB.
 MAPPED_SHARE = 1 / 305
@@ -227,7 +228,7 @@ def _fault(flags: VLLMFlags, settings: VLLMSettings, asked_tokens: int) -> str:
     return (
         f"vLLM {flags.version}: an illegal memory access in its warm-up: offsets into "
         f"all_token_ids [{settings.max_num_seqs}, {asked_tokens}] do not fit into 32 bits; "
-        f"it starts with max_num_seqs={most} or fewer"
+        f"with max_num_seqs={most} or fewer they do"
     )
 
 
