@@ -110,13 +110,13 @@ class Happened:
             self._fill(made, sequence, spec.target_tokens)
 
     def _fill(self, made, sequence, target):
-        step = 2048
+        step, page = 2048, made.model.groups[0].geometry.page_tokens
         while (at := made.resident_tokens(sequence)) < target:
-            want = min(step - at % 128, target - at)
+            want = min(step - at % page, target - at)
             try:
                 made.extend(sequence, want)
             except (OutOfMemory, Refused):
-                if step <= 128:
+                if step <= page:
                     raise
                 step //= 2
                 continue
@@ -169,6 +169,37 @@ def test_a_hybrid_model_goes_as_predicted(strategy, context, fill):
     assert abs(made.resident_tokens - happened.resident_tokens) <= 4 * 4 * 128
     if happened.resident_tokens < context * fill - 2048:
         assert made.outcome == happened.outcome == "oom"
+
+
+def hybrid(page_tokens, window_pages, full_pages=4, local_pages=4):
+    """Chunks of so many times the pages that fill whole pages of the host; 128 bytes a token."""
+    unit = max(1, 128 // page_tokens)
+    full, local = (Geometry(1, 1, 8, d, page_tokens=page_tokens) for d in (16, 48))
+    groups = (
+        LayerGroup("full", full, unit * full_pages),
+        LayerGroup("local", local, unit * local_pages, window_pages * page_tokens),
+    )
+    return KVModel("hybrid", groups)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.builds(hybrid, st.sampled_from([16, 128]), st.integers(1, 40)),
+    st.integers(1, 30_000),
+    st.integers(1, 4),
+    st.sampled_from([0.3, 1.0]),
+    FRACTIONS,
+)
+def test_steps_are_halved_until_a_windows_pages_do(model, context, sequences, fill, fraction):
+    known = {"sequences": sequences, "fill": fill, "options": {"mem_fraction": fraction}}
+    spec = pool_spec("eager_pages", context, model=model, **known)
+    assert check(spec).resident_tokens == Happened(spec).resident_tokens
+
+
+def test_a_step_into_the_next_window_finds_the_last_ones_chunks_still_held():
+    """Two windows of 128 pages each: the full layers need a chunk more where the second begins."""
+    spec = pool_spec("paged", 35_000, model=hybrid(128, 128, full_pages=8, local_pages=42))
+    assert check(spec).resident_tokens == Happened(spec).resident_tokens == 2 * 128 * 128
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

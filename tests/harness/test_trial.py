@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from harness import forecast, trial
@@ -104,8 +104,24 @@ def off_by(row, own):
     return [n for n in named if n]
 
 
+def narrow(layers, local, kv_heads, dim, dtype, window, page, context, ranks=1, q_heads=1):
+    """Two sequences of eager_pages, whose windows are narrower than a step."""
+    words = [
+        f"strategy=eager_pages parallel.ranks={ranks} model.layers={layers} model.hybrid=true",
+        f"model.local_layers={local} model.kv_heads_total={kv_heads} model.head_dim={dim}",
+        f"model.q_heads_total={q_heads} model.kv_dtype={dtype} model.window_tokens={window}",
+        f"model.weights_per_rank=1 context={context} workload.sequences=2",
+        f"trial.page_tokens={page} trial.chunk_target=1MiB {SMALL}",
+    ]
+    return " ".join(words).split()
+
+
 @settings(max_examples=30, deadline=None)
 @given(asked=geometries())
+@example((narrow(32, 16, 1, 64, "fp8_e4m3", 128, 16, 30_724), "point", 0.3))
+@example((narrow(32, 16, 8, 256, "fp8_e4m3", 128, 16, 673, ranks=8, q_heads=32), "point", 1.0))
+@example((narrow(56, 55, 8, 128, "fp8_e4m3", 384, 128, 81_004, q_heads=32), "point", 0.3))
+@example((narrow(47, 46, 1, 256, "bf16", 256, 128, 4_970, ranks=2, q_heads=8), "point", 0.3))
 def test_any_geometry_ends_as_planned(asked):
     words, purpose, fill = asked
     try:
