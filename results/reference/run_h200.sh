@@ -17,7 +17,7 @@ SGLANG=${SGLANG:-}
 VLLM=${VLLM:-}
 
 STEPS=(
-  report qwen3_30b_a3b scout nccl root_cause remedies waste mem_fraction
+  report qwen3_30b_a3b scout nccl root_cause requests_128 remedies waste mem_fraction
   fragmentation granularity precision real_engines claims
 )
 
@@ -32,6 +32,10 @@ words_of() {  # the command line of a step; none where it cannot be taken here
       [ "$HARDWARE" != scale_model ] || return 0
       words=(strategy=paged parallel=tp parallel.ranks=1 parallel.processes=1 parallel.backend=nccl
         context=100K "sweep.contexts=[100K]" "${one_size[@]}" experiment.name=nccl) ;;
+    requests_128)  # the most with which SGLang starts there, and so the most that graphs cost
+      words=(-m strategy=sglang model=qwen3_30b_a3b strategy.max_running_requests=128
+        strategy.disable_cuda_graph=false,true context="$CONTEXT" "sweep.points=[1.0]"
+        "${one_size[@]}" fill=0 trial.timing=false experiment.name=requests_128) ;;
     root_cause) words=(experiment=root_cause context="$CONTEXT") ;;
     real_engines)
       [ -n "$SGLANG$VLLM" ] || return 0
