@@ -19,6 +19,7 @@ REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 LEAST_TOKENS = 128  # a context below a page is no advice
+SEQUENCES = (256, 64, 16)
 FEW_REQUESTS = 16
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 
@@ -86,9 +87,9 @@ def smallest_change(spec: PlanSpec, goal: str = "start") -> Change | None:
 def longest_accepted(spec: PlanSpec) -> Change | None:
     """Find the longest context of which a whole request is accepted.
 
-    Looked for with the flags as they are, with few requests at once (SGLang), and with a slot of
-    the whole context (static); the flags that leave most are taken. It is shorter by up to a fifth
-    where SGLang would have no room for a prefill chunk.
+    Looked for with the flags as they are, with fewer requests at once (engines), and with a slot of
+    the whole context (static); the least change that comes within 1 % of the longest is taken. It
+    is shorter by up to a fifth where SGLang would have no room for a prefill chunk.
 
     Returns
     -------
@@ -96,7 +97,10 @@ def longest_accepted(spec: PlanSpec) -> Change | None:
         None where it would be a handful of tokens.
     """
     found = [c for flags, costs, base in _bases(spec) if (c := _longest(flags, costs, base))]
-    return max(found, key=lambda change: change.spec.context_tokens, default=None)
+    longest = max((c.spec.context_tokens for c in found), default=0)
+    # The first that comes within 1 %: it takes the least away.
+    good = (c for c in found if c.spec.context_tokens >= 0.99 * longest)
+    return next(good, None)
 
 
 def _reaches(spec: PlanSpec, made: Prediction, goal: str) -> bool:
@@ -178,7 +182,7 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
         yield flags, "less for everything that vLLM does not count", changed
     if not spec.options.get("enforce_eager"):
         yield (("enforce_eager", "true"),), "slower decoding", spec.with_options(enforce_eager=True)
-    for number in (256, 64, 16):
+    for number in SEQUENCES:
         flags = (("max_num_seqs", str(number)),)
         yield flags, f"at most {number} requests at once", spec.with_options(max_num_seqs=number)
     small = spec.with_options(max_num_batched_tokens=2048)
@@ -229,6 +233,12 @@ def _bases(spec: PlanSpec) -> Iterator[Candidate]:
         flags = (("max_running_requests", str(FEW_REQUESTS)),)
         if (spec.options.get("max_running_requests") or FEW_REQUESTS + 1) > FEW_REQUESTS:
             yield flags, f"at most {FEW_REQUESTS} requests at once", few
+    if spec.strategy == "vllm":
+        for number in SEQUENCES:  # tables of fewer requests are smaller, and fit into 32 bits
+            if (spec.options.get("max_num_seqs") or number + 1) > number:
+                flags = (("max_num_seqs", str(number)),)
+                costs = f"at most {number} requests at once"
+                yield flags, costs, spec.with_options(max_num_seqs=number)
 
 
 def _longest(flags: Flags, costs: str, base: PlanSpec) -> Change | None:

@@ -39,8 +39,8 @@ class Progress:
                 unit="trial",
                 file=sys.stderr,
                 dynamic_ncols=True,
-                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} trials [{elapsed}<{remaining}] "
-                "{postfix}",
+                bar_format="{l_bar}{bar}| {n_fmt}/{total_fmt} trials "
+                "[{elapsed}<{remaining}{postfix}]",
             )
 
     def record(self, record: dict[str, Any]) -> None:

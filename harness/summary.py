@@ -73,9 +73,11 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
             continue
         # A model is named as soon as the run has two, so that every arm of it reads alike.
         field = every if name == "model" else same
-        if len({k[i] for k in field}) > 1:
-            same = [k for k in same if k[i] == key[i]]
-            parts.append(_named(name, key[i], [k[i] for k in rivals]))
+        values = [k[i] for k in rivals]
+        if len({_named(name, k[i], values) for k in field}) > 1:
+            # Rivals are those with the same words: many scales are all called a scale model.
+            parts.append(_named(name, key[i], values))
+            same = [k for k in same if _named(name, k[i], values) == parts[-1]]
     return ", ".join(p for p in parts if p)
 
 

@@ -364,3 +364,11 @@ def test_an_unknown_strategy_or_flag_is_one_line():
         predict(PlanSpec("magic"))
     with pytest.raises(ValueError, match="page_size=0: not allowed"):
         predict(engine_spec("sglang", page_size=0))
+
+
+def test_the_longest_context_of_vllm_is_looked_for_with_fewer_requests_too():
+    spec = engine_spec("vllm", model=TWO_HEADS)
+    found = longest_accepted(spec)
+    assert [key for key, _ in found.flags] == ["max_num_seqs", "max_model_len"]
+    assert found.spec.context_tokens > 2 * largest_context_that_starts(spec)[0]
+    assert predict(found.spec.filled(0.0)).admits_context

@@ -149,3 +149,20 @@ def test_a_really_started_engine_is_no_emulation():
     real = cell("vllm", 10_000_000, 0.0, engine_version="0.23.0", status="ok")
     found = summarise([emulated, real], [])["strategies"]["vllm"]
     assert found["startup"]["ok"] == 1_000_000
+
+
+def test_arms_of_many_scales_keep_names_of_their_own():
+    """Ranks of a scale model have a scale each; all are called scale model."""
+    base = {"strategy": "paged", "model": "report", "strategy_options": "{}", "context_ranks": 1}
+    rows = [
+        base | {"scale": scale, "emulated_ranks": ranks, "parallel": kind, "context_ranks": spread}
+        for scale, ranks, kind, spread in (
+            (1, 8, "tp", 1),
+            (96, 16, "tp", 1),
+            (192, 8, "tp", 1),
+            (384, 4, "tp", 1),
+            (1536, 16, "context", 16),
+        )
+    ]
+    named = arms(rows)
+    assert len(named) == len(rows) and all(len(own) == 1 for own in named.values())
