@@ -30,7 +30,8 @@ words_of() {  # the command line of a step; none where it cannot be taken here
         "sweep.contexts=[1M,$CONTEXT]" experiment.name=scout) ;;
     nccl)
       [ "$HARDWARE" != scale_model ] || return 0
-      words=(strategy=paged parallel=tp parallel.ranks=1 parallel.processes=1 parallel.backend=nccl
+      # One of 8 ranks, alone in its group: its collectives are launched and timed.
+      words=(strategy=paged parallel=tp parallel.processes=1 parallel.backend=nccl
         context=100K "sweep.contexts=[100K]" "${one_size[@]}" experiment.name=nccl) ;;
     requests_128)  # the most with which SGLang starts there, and so the most that graphs cost
       words=(-m strategy=sglang model=qwen3_30b_a3b strategy.max_running_requests=128
