@@ -101,7 +101,33 @@ def off_by(row, own):
         allowed = sum(n * g.chunk_bytes for n, g in zip(step, groups, strict=True))
         if abs(row["kv_committed_bytes"] - row["predicted_kv_bytes"]) <= own.sequences * allowed:
             named = [n for n in named if not n.startswith("kv ")]
-    return [n for n in named if n]
+    return [n for n in named if n and not n.startswith("status ")]
+
+
+def ends(row, cell):
+    """How a trial may end: as predicted, or, in ``paged``, as on a device a few chunks smaller.
+
+    Behind a step that crosses into the next window, a sequence's pages may lie in one chunk more
+    than they would fill. No trial goes further than predicted.
+    """
+    own = cell.settings
+    if own.strategy != "paged" or row["oom_phase"] != "fill":
+        return {row["predicted_status"]}
+    windows = sum(g.chunk_bytes for g in own.kv_model().groups if g.window_tokens)
+    capacity = own.hardware.capacity_bytes - own.sequences * windows * own.scale
+    smaller = replace(own, hardware=replace(own.hardware, capacity_bytes=capacity))
+    made = forecast.predict_cell(replace(cell, settings=smaller))
+    return {row["predicted_status"], made.outcome}
+
+
+# Halved near the capacity, its last window lies in three chunks, of which it would fill two.
+SCATTERED = """
+    strategy=paged strategy.growth=sync strategy.release=deferred strategy.low_water=40MiB
+    parallel.ranks=2 model.layers=54 model.kv_heads_total=16 model.q_heads_total=64
+    model.head_dim=128 model.kv_dtype=fp8_e4m3 model.weights_per_rank=189 model.local_layers=27
+    model.window_tokens=640 model.hybrid=true context=159400 workload.sequences=1
+    trial.page_tokens=16 trial.chunk_target=1MiB
+""".split()
 
 
 def narrow(layers, local, kv_heads, dim, dtype, window, page, context, ranks=1, q_heads=1):
@@ -118,6 +144,7 @@ def narrow(layers, local, kv_heads, dim, dtype, window, page, context, ranks=1, 
 
 @settings(max_examples=30, deadline=None)
 @given(asked=geometries())
+@example(([*SCATTERED, SMALL], "point", 0.3))
 @example((narrow(32, 16, 1, 64, "fp8_e4m3", 128, 16, 30_724), "point", 0.3))
 @example((narrow(32, 16, 8, 256, "fp8_e4m3", 128, 16, 673, ranks=8, q_heads=32), "point", 1.0))
 @example((narrow(56, 55, 8, 128, "fp8_e4m3", 384, 128, 81_004, q_heads=32), "point", 0.3))
@@ -131,7 +158,7 @@ def test_any_geometry_ends_as_planned(asked):
         assume(False)
     cell = Cell(own, own.context_tokens, fill=fill, purpose=purpose, timing=False)
     (row,), events = run(cell)
-    assert row["status"] == row["predicted_status"]
+    assert row["status"] in ends(row, cell)
     assert not off_by(row, own)
     assert abs(row["unexplained_bytes"]) <= row["tolerance_bytes"]
     assert row["peak_ledger_bytes"] <= row["capacity_bytes"]
@@ -154,6 +181,7 @@ def test_a_refusal_makes_the_thread_give_back_what_it_kept_in_every_group(contex
     (row,), _ = run(Cell(own, own.context_tokens, purpose="resident", timing=False))
     refused = row["status"] == "oom"
     assert refused == (context == "10M") and not off_by(row, own)
+    assert row["status"] == row["predicted_status"]
     kept = row["kv_committed_bytes"] - row["kv_live_bytes"]
     assert kept == 0 if refused else kept > 0
 
