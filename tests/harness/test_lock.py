@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -152,13 +153,21 @@ def test_a_trial_holds_the_device_of_its_harness_until_it_is_gone(tmp_path, kind
     )
     assert process.stdout.readline() == "on\n"
     (trial,) = processes_of(tmp_path / ".trial") if kind == "fresh" else _children(process.pid)[:1]
-    open_files = [os.readlink(p) for p in Path(f"/proc/{trial}/fd").iterdir()]
-    assert str(lock_path("GPU-5")) in open_files
+    assert str(lock_path("GPU-5")) in _open_files(trial)
     process.kill()
     process.communicate()
     until(lambda: is_gone(trial), seconds=30)
     with device_lock(gpu("GPU-5")):
         pass
+
+
+def _open_files(process: int) -> list[str]:
+    """What a process has open; a file that it closes meanwhile is left out."""
+    found = []
+    for entry in Path(f"/proc/{process}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(os.readlink(entry))
+    return found
 
 
 def _children(process: int) -> list[int]:
