@@ -182,9 +182,7 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
         yield flags, "less for everything that vLLM does not count", changed
     if not spec.options.get("enforce_eager"):
         yield (("enforce_eager", "true"),), "slower decoding", spec.with_options(enforce_eager=True)
-    for number in SEQUENCES:
-        flags = (("max_num_seqs", str(number)),)
-        yield flags, f"at most {number} requests at once", spec.with_options(max_num_seqs=number)
+    yield from _fewer_sequences(spec)
     small = spec.with_options(max_num_batched_tokens=2048)
     yield (("max_num_batched_tokens", "2048"),), "smaller prefill chunks", small
     changed = spec.with_options(
@@ -205,6 +203,15 @@ def _vllm(spec: PlanSpec) -> Iterator[Candidate]:
             flags = (("gpu_memory_utilization", str(share)),)
             changed = spec.with_options(gpu_memory_utilization=share)
             yield flags, "a pool of {pool} tokens", changed
+
+
+def _fewer_sequences(spec: PlanSpec) -> Iterator[Candidate]:
+    """Tables of fewer requests are smaller, and fit into 32 bits."""
+    for number in SEQUENCES:
+        if (spec.options.get("max_num_seqs") or number + 1) > number:
+            flags = (("max_num_seqs", str(number)),)
+            costs = f"at most {number} requests at once"
+            yield flags, costs, spec.with_options(max_num_seqs=number)
 
 
 def _static(spec: PlanSpec) -> Iterator[Candidate]:
@@ -234,11 +241,7 @@ def _bases(spec: PlanSpec) -> Iterator[Candidate]:
         if (spec.options.get("max_running_requests") or FEW_REQUESTS + 1) > FEW_REQUESTS:
             yield flags, f"at most {FEW_REQUESTS} requests at once", few
     if spec.strategy == "vllm":
-        for number in SEQUENCES:  # tables of fewer requests are smaller, and fit into 32 bits
-            if (spec.options.get("max_num_seqs") or number + 1) > number:
-                flags = (("max_num_seqs", str(number)),)
-                costs = f"at most {number} requests at once"
-                yield flags, costs, spec.with_options(max_num_seqs=number)
+        yield from _fewer_sequences(spec)
 
 
 def _longest(flags: Flags, costs: str, base: PlanSpec) -> Change | None:

@@ -74,10 +74,11 @@ def _label(key: tuple[Any, ...], every: list[tuple[Any, ...]]) -> str:
         # A model is named as soon as the run has two, so that every arm of it reads alike.
         field = every if name == "model" else same
         values = [k[i] for k in rivals]
-        if len({_named(name, k[i], values) for k in field}) > 1:
+        words = {value: _named(name, value, values) for value in {k[i] for k in field}}
+        if len(set(words.values())) > 1:
             # Rivals are those with the same words: many scales are all called a scale model.
-            parts.append(_named(name, key[i], values))
-            same = [k for k in same if _named(name, k[i], values) == parts[-1]]
+            parts.append(words[key[i]])
+            same = [k for k in same if words[k[i]] == parts[-1]]
     return ", ".join(p for p in parts if p)
 
 

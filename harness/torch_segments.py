@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-MIB = 1 << 20
+from harness.sizes import MIB
+
 SMALL_BYTES, SMALL_SEGMENT_BYTES = MIB, 2 * MIB
 LARGE_BYTES, LARGE_SEGMENT_BYTES = 10 * MIB, 20 * MIB
 ROUND_BYTES = 2 * MIB

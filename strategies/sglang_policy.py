@@ -209,18 +209,16 @@ def sglang_plan(
     if not flags.disable_cuda_graph:
         nvml_mib = nvml_total_mib(total_bytes)
         batches = decode_graph_batches(flags.version, nvml_mib, settings.cuda_graph_max_bs, limit)
-    items = [request_table(flags.version, context_tokens, limit)]
+    tables = [request_table(flags.version, context_tokens, limit)]
     if pools.state_slots:
         state = ((1, pools.state_slots * model.state_bytes_per_request),)
-        items.append(
+        tables.append(
             Item("tables", "state_pool", state, "mem_cache/memory_pool.py:195@0.5.12.post1")
         )
-    items += _pool_items(model, flags, settings, pools)
-    items += backend_tables(model, flags, settings, context_tokens, max(batches, default=0))
-    before = [*own, *rope_leftover(flags.version, left, items)]
-    first = next((i for i, item in enumerate(items) if item.phase == "workspace"), len(items))
-    items[first:first] = cublas(flags.version)
-    items = [*before, *items, *graph_buffers(flags, settings, batches)]
+    tables += _pool_items(model, flags, settings, pools)
+    backend = backend_tables(model, flags, settings, context_tokens, max(batches, default=0))
+    items = [*own, *rope_leftover(flags.version, left, [*tables, *backend]), *tables]
+    items += [*cublas(flags.version), *backend, *graph_buffers(flags, settings, batches)]
     notes: tuple[str, ...] = ()
     if pools.full < context_tokens:
         notes = (

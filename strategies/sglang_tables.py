@@ -57,14 +57,17 @@ ROPE_TEMPORARIES = 3
 
 def loaded(version: str) -> list[Item]:
     """What comes with the weights and is none."""
-    nbytes = LOADED_MEASURED_BYTES.get(version, 0)
-    return [Item("tables", "loaded", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+    return _measured("tables", "loaded", LOADED_MEASURED_BYTES, version)
 
 
 def cublas(version: str) -> list[Item]:
     """What cuBLAS holds once the attention backend is there."""
-    nbytes = CUBLAS_MEASURED_BYTES.get(version, 0)
-    return [Item("workspace", "cublas", ((1, nbytes),), f"measured@{version}")] if nbytes else []
+    return _measured("workspace", "cublas", CUBLAS_MEASURED_BYTES, version)
+
+
+def _measured(phase: str, name: str, by_version: dict[str, int], version: str) -> list[Item]:
+    nbytes = by_version.get(version, 0)
+    return [Item(phase, name, ((1, nbytes),), f"measured@{version}")] if nbytes else []
 
 
 def rope_leftover_bytes(version: str, rope_bytes: int, weights_bytes: int) -> int:

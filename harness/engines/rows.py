@@ -11,6 +11,7 @@ from harness.engines.protocol import Record, Start
 from harness.launch import ERROR_TEXT_CHARS
 from harness.rows import Row, identity
 from harness.sizes import GIB, printable
+from harness.torch_segments import ROUND_BYTES
 
 PHASES = ("context", "weights", "tables", "pool", "workspace")
 # Where an engine's allocation belongs, when a start failed before it could be recorded.
@@ -32,7 +33,6 @@ _TOO_SMALL = re.compile(
 _OCCUPIED = re.compile(
     r"device \S+ \((?P<free>[\d.]+)/.*?utilization \([\d.]+, (?P<needed>[\d.]+) GiB\)", re.DOTALL
 )
-TORCH_SEGMENT_BYTES = 2 << 20  # what torch's allocator rounds a large allocation up to
 # What our layout, kernels and arena are: nothing of an engine's.
 NOT_OURS = ("arena", "layout", "table_order", "chunk_bytes", "kv_scales", "emulated_version")
 
@@ -142,7 +142,7 @@ def _fitted_bytes(failed: Record, piece_bytes: int, held_bytes: int) -> int:
     is less than one of them.
     """
     kept = (failed.get("torch_reserved_bytes") or 0) - (failed.get("torch_allocated_bytes") or 0)
-    rounded = -(-piece_bytes // TORCH_SEGMENT_BYTES) * TORCH_SEGMENT_BYTES
+    rounded = -(-piece_bytes // ROUND_BYTES) * ROUND_BYTES
     return (kept + held_bytes) // rounded * rounded
 
 

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.runs import load_run
-from harness.torch_segments import MIB, TorchSegments, taken_bytes
+from harness.sizes import MIB
+from harness.torch_segments import TorchSegments, taken_bytes
 from tests.harness.command import ROOT
 
 RUNS = ("h200_report", "h200_qwen3_30b_a3b", "h200_remedies")
