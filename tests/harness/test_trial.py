@@ -108,7 +108,7 @@ def ends(row, cell):
     """How a trial may end: as predicted, or, in ``paged``, as on a device a few chunks smaller.
 
     Behind a step that crosses into the next window, a sequence's pages may lie in one chunk more
-    than they would fill. No trial goes further than predicted.
+    than they would fill.
     """
     own = cell.settings
     if own.strategy != "paged" or row["oom_phase"] != "fill":
