@@ -82,8 +82,12 @@ def grain_bytes(rows: pd.DataFrame) -> pd.Series:
 
 
 def brackets(run: Run) -> Result:
-    """Check that every start-up and admit bracket is closed, and each end ran twice and alike."""
-    faults, seen = [], 0
+    """Check that every start-up and admit bracket is closed, and each end ran twice.
+
+    The lower end was ok each time. The upper one failed: once is enough, since the driver may grant
+    within a few MiB of the end what it refuses the next time.
+    """
+    faults, seen, both_ways = [], 0, 0
     every = trials(run.rows)
     sources = Sources(run.rows)
     for name, own in arms_of(every).items():
@@ -99,8 +103,9 @@ def brackets(run: Run) -> Result:
                 times = int((own["context_tokens"] == end).sum())
                 if times < 2:
                     faults.append(f"{name} {point}: {tokens(end)} ran {times} times")
-                elif sources.end(name, point, end, end != ok):
+                elif end == ok and sources.end(name, point, end, False):
                     faults.append(f"{name} {point}: {tokens(end)} ended both ways")
+            both_ways += bool(sources.end(name, point, bad, True))
             chunk = (grain_bytes(own) / own["kv_bytes_per_token"]).max()
             width = max(chunk if chunk > 0 else 0, BRACKET_WIDTH * ok) + 1
             if bad - ok > width:
@@ -109,7 +114,10 @@ def brackets(run: Run) -> Result:
         return failed("; ".join(faults[:3]))
     if not seen:
         return not_applicable("no bracket with two ends")
-    return passed(f"{seen} brackets closed, both ends ran twice and agree")
+    text = f"{seen} brackets closed, both ends ran twice and agree"
+    if both_ways:
+        text += f"; the upper end of {both_ways} was also granted once"
+    return passed(text)
 
 
 def samples(run: Run) -> Result:

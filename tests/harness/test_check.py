@@ -188,6 +188,22 @@ def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
     assert lines.count(["tree", "fail"]) == lines.count(["tree", "pass"]) == 1
 
 
+@pytest.mark.parametrize("end", ["ok", "not_ok"])
+def test_only_the_upper_end_may_end_both_ways(tmp_path, end):
+    rows = sweep() + bracket()
+    point = SUMMARY["strategies"]["static"]["startup"]
+    at = [r for r in rows if r["purpose"] == "bracket" and r["context_tokens"] == point[end]]
+    assert len(at) == 2 and at[0]["status"] == at[1]["status"]
+    like = {r["context_tokens"]: r for r in rows if r["purpose"] == "bracket"}
+    other = like[point["not_ok" if end == "ok" else "ok"]]
+    at[1] |= {k: other[k] for k in ("status", "oom_phase", "admitted")}
+    found = check_run(load_run(write_run(tmp_path / "run", rows, SUMMARY)))["brackets"]
+    if end == "ok":
+        assert found.outcome == "fail" and "ended both ways" in found.reason
+    else:
+        assert found.outcome == "pass" and "was also granted once" in found.reason
+
+
 def test_an_item_that_is_named_excuses_the_planner(tmp_path):
     rows = sweep() + bracket()
     row = first_ok(rows)
