@@ -131,7 +131,7 @@ def _decoded(
     from kernels import ops
 
     sms = gate.settings.hardware.sm_count
-    plan = ops.plan_decode(view, sms, gate.steps.decode_scratch())
+    plan = ops.plan_decode(view, sms, gate.steps.decode_scratch(), unsettled_tokens=1)
     out, lse = ops.decode(view, layer, q, plan)
     return out.contiguous(), lse.contiguous()
 
