@@ -179,7 +179,7 @@ def decode_kernel(
         unit, t0, t1, first, end, slot = segment_at(own)
     if PDL:
         gdc_launch_dependents()
-        if not TMA:
+        if EARLY == 0:
             gdc_wait()
     for i in tl.range(0, count, disable_licm=True):
         if TMA:
@@ -196,7 +196,7 @@ def decode_kernel(
         full = t0 + (first > t0 * BLOCK).to(tl.int32)
         full_end = tl.maximum(t1 - (end < t1 * BLOCK).to(tl.int32), full)
         q_tile = q + (q_at + n)[None, :] * D + d[:, None]
-        if TMA:
+        if EARLY > 0:
             loaded_first = tl.minimum(full_end, full + EARLY)
             early = (i == 0) & (full < full_end) & (loaded_first * BLOCK <= end - unsettled_tokens)
             # As bf16, which holds every code: a loop takes FP8 along byte by byte.
@@ -208,6 +208,8 @@ def decode_kernel(
                     touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
                 qt = load_query(q_tile, n < G)
         else:
+            if TMA and not INTERPRETED and t1 > t0:
+                touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
             qt = load_query(q_tile, n < G)
         score_scale = scale * tl.load(k_scale + head)
         if TMA:
@@ -221,7 +223,7 @@ def decode_kernel(
         m = tl.full([N], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK, N], tl.float32)
         acc = tl.zeros([D, N], tl.float32)
-        for t in tl.range(full, full_end, num_stages=STAGES, disable_licm=TMA):
+        for t in tl.range(full, full_end, num_stages=STAGES, disable_licm=EARLY > 0):
             if TMA:
                 page = tl.load(table + t // PER_PAGE)
                 part = t % PER_PAGE * BLOCK
@@ -234,7 +236,7 @@ def decode_kernel(
                 k = tl.load((origin + inner * D)[:, None] + k_at)
             if WIDE:
                 k = k.to(tl.float32)
-            if TMA:
+            if EARLY > 0:
                 if early & (t == full):  # this block and the next are on their way
                     if PDL:
                         gdc_wait()
