@@ -100,7 +100,7 @@ def _row_of(job: Job, cell: Cell, end: RankEnd, failure: Failure | None, seconds
     if failure is not None and failure.status == "timeout":
         ended = how_it_ended(job, 0, True, end.records, end.log) if own else {}
     elif own or failure is None or _died_by_itself(end):
-        ended = how_it_ended(job, end.code or 0, False, end.records, end.log)
+        ended = how_it_ended(job, end.code or 0, False, end.records, end.log, end.rank)
     else:
         ended = {}
     return unfinished(cell, extra, ended or {"status": ENDED_BY_PEER}, last, seconds)

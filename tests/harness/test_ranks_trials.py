@@ -56,6 +56,7 @@ def test_kill_9_of_a_rank_ends_all(phase, tmp_path):
     rows = rows_of(ranks(2, "fault.kind=kill", f"fault.phase={phase}", "fault.rank=1"), tmp_path)
     assert [r["status"] for r in rows] == ["crash", "crash"]
     assert rows[1]["signal"] == "SIGKILL"
+    assert rows[1]["error"] == "rank 1 was killed by signal 9 (SIGKILL)"
     assert rows[1]["oom_phase"] == phase
     assert rows[0].get("signal") is None
     assert {r["failed_rank"] for r in rows} == {1}

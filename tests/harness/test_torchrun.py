@@ -57,5 +57,6 @@ def test_kill_9_of_a_rank_under_torchrun(tmp_path):
     rows = load_run(run_folder(tmp_path / "runs")).rows.sort_values("rank")
     assert list(rows["status"]) == ["crash", "crash"]
     assert list(rows["signal"]) == ["", "SIGKILL"]
+    assert rows["error"].iloc[1] == "rank 1 was killed by signal 9 (SIGKILL)"
     assert set(rows["failed_rank"]) == {1}
     assert processes_about(tmp_path) == []
