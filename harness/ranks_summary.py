@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from harness.columns import PERFORMANCE
@@ -69,6 +69,14 @@ def _extreme(choose: Any, own: list[Row], column: str) -> Any:  # noqa: ANN401
 def _all_admit(own: list[Row]) -> str | None:
     said = {r.get("admitted") for r in own}
     return "false" if "false" in said else None if None in said else "true"
+
+
+def on_rank(row: Mapping[str, Any]) -> str:
+    """`` on rank 3``, which ended a trial of several ranks; ``""`` where none is named."""
+    rank, world_size = row.get("failed_rank"), row.get("world_size")
+    if rank is None or rank != rank or not (world_size or 1) > 1:
+        return ""
+    return f" on rank {int(rank)}"
 
 
 def held_tokens(row: Row) -> int:

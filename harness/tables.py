@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.phases import place_name
 from harness.runs import clean, dicts, frame, lookup, trials
 from harness.series import is_scale_model, points, scale, series
 from harness.sources import Sources, first_of
@@ -114,7 +115,7 @@ def _failures(own: pd.DataFrame) -> list[str]:
     out: dict[str, None] = {}
     for one in series(own):
         for _, row in one.rows[one.rows["oom_requested_bytes"].notna()].iterrows():
-            where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p)
+            where = place_name(row["oom_phase"], row["oom_allocation"])
             text = (
                 f"{one.label} at {tokens(row['context_tokens'])}, fill {percent(row['fill'])}: "
                 f"{row['status']} in {where}: asked "
@@ -128,7 +129,7 @@ def _failures(own: pd.DataFrame) -> list[str]:
 
 def _sweep_cells(label: str, row: pd.Series, first: object) -> tuple[str, ...]:
     factor = row["scale"]
-    where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p) or EMPTY
+    where = place_name(row["oom_phase"], row["oom_allocation"]) or EMPTY
     return (
         str(first),
         label,
