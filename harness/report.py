@@ -24,6 +24,7 @@ from harness.runs import (
     load_runs,
     lookup,
     rows_of_others,
+    trials,
     write_file,
 )
 from harness.series import is_scale_model
@@ -124,7 +125,7 @@ def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         out = [f"{len(out)} configurations: the table of OOM points says where each of them ends."]
     if is_scale_model(rows):
         out.append(SCALE_NOTE)
-    status = rows["status"].value_counts()
+    status = trials(rows)["status"].value_counts()
     return [*out, "Trials: " + ", ".join(f"{n} {s}" for s, n in sorted(status.items())) + "."]
 
 
