@@ -10,10 +10,10 @@ from harness.cell import Cell
 from harness.folder import Outcome
 from harness.launch import Job, how_it_ended, unfinished
 from harness.phases import PHASES, phase_name, place_name
+from harness.ranks_summary import ORDERLY
 from harness.rows import Row
 
 ENDED_BY_PEER = "ended by another rank"  # a rank's own word, until the trial's end replaces it
-ORDERLY = ("oom", "refused")
 
 
 @dataclass(frozen=True)

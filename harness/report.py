@@ -28,6 +28,7 @@ from harness.runs import (
     write_file,
 )
 from harness.series import is_scale_model
+from harness.tables_ranks import ranks_table
 from harness.tabular import EMPTY, Table, markdown_text
 
 FIGURES_NOTE = "Every figure is drawn from `trials.csv` (a row a trial) and `timeline.csv`."
@@ -90,7 +91,7 @@ def report_parts(
     """
     judged_only = rows_of_others(rows, run_id)
     said = [
-        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary, rows)]),
+        *([] if judged_only else _answers(rows, summary)),
         tables.verdicts(summary),
         *engine_tables(summary),
     ]
@@ -100,6 +101,14 @@ def report_parts(
         tables.sweep(rows, each=True),
     ]
     return [t for t in said if t.rows], [t for t in evidence if t.rows]
+
+
+def _answers(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
+    return [
+        remedies_table(rows, summary),
+        tables.oom_points(summary, rows),
+        ranks_table(summary, rows),
+    ]
 
 
 def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:

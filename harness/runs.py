@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.columns import ADDED_LATER, COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
+from harness.columns import (
+    ADDED_LATER,
+    COLUMNS,
+    OF_ALL_RANKS,
+    PERFORMANCE,
+    TIMELINE_COLUMNS,
+    is_text,
+)
 from harness.csv_table import parse_lines, whole_lines
 
 MAX_FILE_BYTES = 512 << 20
@@ -168,6 +175,10 @@ def trials(rows: pd.DataFrame) -> pd.DataFrame:
         if not row["_bad"]:
             for name in PERFORMANCE:
                 row[name] = slow[name]
+            for time, told in OF_ALL_RANKS.items():
+                slow = group.sort_values(time, ascending=False).iloc[0]
+                for name in (time, *told):
+                    row[name] = slow[name]
         out.append(row)
     return frame(pd.DataFrame(out).drop(columns=["_turn", "_bad", "_ended", "_key"]))
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from harness.phases import START_PHASES
-from harness.ranks_summary import held_tokens, per_trial, rank_spread
+from harness.ranks_spread import rank_spread
+from harness.ranks_summary import held_tokens, per_trial
 from harness.rows import Row, own_crash
 from harness.sizes import GIB, MIB, gib
 

@@ -17,7 +17,8 @@ from harness.ranks import Launched, Place, all_tokens, launched, share_tokens
 from harness.ranks_control import Alone, Control, EndedByPeer
 from harness.ranks_ends import ENDED_BY_PEER, Failure, RankEnd, settle, timed_out
 from harness.ranks_launch import Conductor
-from harness.ranks_summary import complete, held_tokens, per_trial, rank_spread
+from harness.ranks_summary import complete, held_tokens, per_trial
+from harness.runs import frame, trials
 from harness.sizes import BadValue
 from harness.validate import compose_settings
 from harness.visible_gpus import nvml_key
@@ -313,17 +314,32 @@ def test_a_trial_is_its_largest_peak_smallest_share_and_slowest_rank():
     assert one["resident_tokens"] == 896
     assert one["attention_decode_step_ms"] == 3.0
     assert one["admitted"] == "false"
-    spread = rank_spread(rows)
-    assert spread["world_size"] == 3
-    assert spread["peak_device_bytes"] == {"of_trial": 30, "smallest": 10, "largest": 30}
-    assert spread["resident_tokens"]["of_trial"] == 896
-    assert rank_spread(rows[:1]) == {}
+
+
+def test_collectives_are_those_of_the_rank_that_is_slowest_in_them():
+    times = ((2.0, 9.0, 4.0), (3.0, 8.0, 5.0))  # attention, collectives, the step with both
+    rows = [
+        row(
+            rank,
+            "ok",
+            attention_decode_step_ms=attention,
+            collective_ms=collective,
+            collective_ms_iqr=collective / 8,
+            parallel_decode_step_ms=step,
+            parallel_decode_step_ms_iqr=step / 8,
+        )
+        for rank, (attention, collective, step) in enumerate(times)
+    ]
+    columns = ("attention_decode_step_ms", "collective_ms", "collective_ms_iqr")
+    columns += ("parallel_decode_step_ms", "parallel_decode_step_ms_iqr")
+    for one in (per_trial(rows)[0], trials(frame(rows)).iloc[0]):
+        assert tuple(one[c] for c in columns) == (3.0, 9.0, 1.125, 5.0, 0.625)
 
 
 def test_a_failed_trial_is_told_by_the_rank_that_ended_it():
     rows = [row(0, "oom", 9, failed_rank=1), row(1, "oom", 5, failed_rank=1, oom_phase="fill")]
     assert per_trial(rows)[0]["rank"] == 1
-    assert rank_spread(rows)["failed_ranks"] == [1]
+    assert trials(frame(rows)).iloc[0]["rank"] == 1
 
 
 def test_a_trial_of_which_a_rank_is_missing_is_run_again():
