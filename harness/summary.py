@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from harness.ranks_summary import held_tokens, per_trial, rank_spread
+from harness.phases import START_PHASES
+from harness.ranks_spread import rank_spread
+from harness.ranks_summary import held_tokens, per_trial
 from harness.rows import Row, own_crash
 from harness.sizes import GIB, MIB, gib
 
 SCHEMA = 1
-START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
     "strategy arm engine_version model scale strategy_options emulated_ranks context_ranks "
