@@ -234,19 +234,33 @@ def how_it_ended(
     if timed_out:
         limit = job.cells[0].settings.trial.timeout_seconds
         return {"status": "timeout", "error": f"killed after {limit:g} s"}
-    ended: Row = {"status": "crash", "error": None}
     errors = [r["error"] for r in found if r["type"] == "error"]
-    said = errors[-1] if errors else ""
+    return died(code, _killed_for_memory(found), errors[-1] if errors else "", text, rank)
+
+
+def died(code: int, for_memory: bool, said: str, log: str, rank: int | None = None) -> Row:
+    """Status, signal and error of a process that ended with ``code`` and left no result.
+
+    Parameters
+    ----------
+    code : int
+        As the operating system gives it: -9 for SIGKILL.
+    for_memory : bool
+        Whether the host's OOM killer struck while it ran.
+    said : str
+        Its own error; else the last line of ``log`` stands for it.
+    """
+    ended: Row = {"status": "crash", "error": None}
     if code < 0:
         ended["signal"] = signal_name(-code)
         killed = f"killed by signal {-code} ({ended['signal']})"
         ended["error"] = killed if rank is None else f"rank {rank} was {killed}"
-        if -code == signal.SIGKILL and _killed_for_memory(found):
+        if -code == signal.SIGKILL and for_memory:
             ended["status"] = "oom_host"
             ended["error"] += ", as the host ran out of memory"
     # The last words of a process that a signal ended are of something else, unless it gave up.
     if not said and (code >= 0 or -code == signal.SIGABRT):
-        said = text.strip().rpartition("\n")[2]
+        said = log.strip().rpartition("\n")[2]
     if said:
         said = printable(said)[-ERROR_TEXT_CHARS:]
         ended["error"] = f"{ended['error']}: {said}" if ended["error"] else said

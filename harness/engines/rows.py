@@ -8,7 +8,7 @@ from typing import Any
 
 from harness.cell import Cell
 from harness.engines.protocol import Record, Start
-from harness.launch import ERROR_TEXT_CHARS
+from harness.launch import ERROR_TEXT_CHARS, died
 from harness.rows import Row, identity
 from harness.sizes import GIB, printable
 from harness.torch_segments import ROUND_BYTES
@@ -165,16 +165,10 @@ def _died(cell: Cell, start: Start, log: str) -> Row:
     if ended["timed_out"]:
         limit = cell.settings.trial.timeout_seconds
         return {"status": "timeout", "error": f"killed after {limit:g} s", "oom_phase": last}
-    said = log.strip().rpartition("\n")[2]
-    row: Row = {"status": "crash", "error": printable(said)[-ERROR_TEXT_CHARS:], "oom_phase": last}
-    code = ended["code"]
-    if code < 0:
-        row["signal"] = signal.Signals(-code).name
-        before, after = ended.get("oom_kills_before"), ended.get("oom_kills_after")
-        if code == -signal.SIGKILL and (after or 0) > (before or 0):
-            row["status"] = "oom_host"
-    elif not said:
-        row["error"] = f"the engine ended with code {code}, without a word"
+    before, after = ended.get("oom_kills_before"), ended.get("oom_kills_after")
+    row = died(ended["code"], (after or 0) > (before or 0), "", log) | {"oom_phase": last}
+    if row["error"] is None or not row["error"].strip():
+        row["error"] = f"the engine ended with code {ended['code']}, without a word"
     return row
 
 
