@@ -36,6 +36,7 @@ PROCESS = (
     "emulated_ranks",
     "capacity_bytes",
 )
+TITLE_POINTS = 200.0  # of a column's width, beside the axis' labels
 BARS_TEXT = "A bar: what is held at the end of the phase, or was asked for in it."
 COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
     p: p for p in ("context", "nccl", "weights", "tables", "workspace")
@@ -207,7 +208,9 @@ def _phase_bars(
         if row["status"] == "ok"
         else f": {style.ENDS.get(row['status'], ('', row['status']))[1]}"
     )
-    axes.set_title(style.plain(f"{label}, {tokens(row['context_tokens'])}{fill}{end}"), loc="left")
+    title = f"{label}, {tokens(row['context_tokens'])}{fill}{end}"
+    lines = style.broken(title, TITLE_POINTS, style.TEXT_SIZE)
+    axes.set_title(style.plain("\n".join(lines)), loc="left")
     axes.set_ylabel("held, GiB")
     axes.grid(axis="x", visible=False)
 
