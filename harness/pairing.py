@@ -93,7 +93,7 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     By ``pair_id`` where they share any, else by every configuration column in which they share a
     value, and ``repeat``. A column in which they share none is what is compared, as is what ran.
     """
-    a, b = trials(a), trials(b)
+    a, b = _asked(a), _asked(b)
     changed = {
         c: (_values(a[c]), _values(b[c]))
         for c in CONFIGURATION
@@ -126,6 +126,12 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
         int((side == "right_only").sum()),
         _apart(alone_a[asked].apply(_key), alone_b[asked].apply(_key)),
     )
+
+
+def _asked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials; a bracket's fills nothing, though an old row says ``fill`` 1."""
+    rows = trials(rows)
+    return rows.assign(fill=rows["fill"].mask(rows["purpose"] == "bracket", 0.0))
 
 
 def _apart(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, int]:

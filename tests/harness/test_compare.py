@@ -14,6 +14,7 @@ from harness.plots_compare import figure_compare
 from harness.runs import frame, load_run
 from tests.harness.run_fixture import cell, sweep, write_run
 
+M = 1_000_000
 DECODE = "attention_decode_tokens_per_second"
 
 
@@ -99,6 +100,13 @@ def test_a_key_that_keeps_trials_apart_is_named(tmp_path, capsys, monkeypatch):
     assert (
         "trials of A differ from the nearest of B in page_tokens (10)." in capsys.readouterr().out
     )
+
+
+def test_a_brackets_trials_pair_whatever_fill_an_old_row_says():
+    old = [cell("static", c, 1.0, purpose="bracket", pair_id=f"old {c}") for c in (5 * M, 6 * M)]
+    new = [r | {"fill": 0.0, "pair_id": ""} for r in old]
+    pairs = pair(frame(old), frame(new))
+    assert (len(pairs.both), pairs.only_a, pairs.only_b) == (2, 0, 0) and pairs.changed == {}
 
 
 def test_trials_without_a_partner_are_counted():
