@@ -51,7 +51,7 @@ def step(view: View) -> tuple[list[Callable[[], object]], gate.Verdict, str]:
     """Check the last layer; the calls of all layers, and the kernel's name."""
     g = view.geometry
     q = queries(g, view.sequences)
-    plan = ops.plan_decode(view)
+    plan = ops.plan_decode(view, unsettled_tokens=1)  # as in a step: one token is new
     out = torch.full(q.shape, math.nan, device=q.device)
     lse = torch.full(q.shape[:2], math.nan, device=q.device)
     ops.decode(view, g.layers - 1, q, plan, out, lse)

@@ -79,6 +79,42 @@ def close_bracket(
     return Bracket(low, high, "sweep_end" if high is None else answers[high])
 
 
+def confirm_bracket(
+    test: Callable[[int, int], str],
+    repeats: int,
+    guess_tokens: int,
+    chunk_tokens: int,
+    smallest: int,
+    largest: int,
+) -> Bracket:
+    """Close a bracket and run both its ends ``repeats`` times; what fails once is not ok.
+
+    Within a few MiB of the end a driver may grant what it refuses the next time. The bracket then
+    moves down, until its lower end was ok in every repeat.
+
+    Parameters
+    ----------
+    test : callable
+        Runs repeat number ``repeat`` of a trial at a context; see :func:`close_bracket`.
+    repeats : int
+        Runs of each end, the search's own included.
+    """
+    failed: dict[int, str] = {}
+
+    def first(tokens: int) -> str:
+        return failed.get(tokens) or test(tokens, 0)
+
+    while True:
+        closed = close_bracket(first, guess_tokens, chunk_tokens, smallest, largest)
+        for repeat in range(1, repeats):
+            for end in (closed.ok, closed.not_ok):
+                answer = "ok" if end is None else test(end, repeat)
+                if end is not None and answer not in ("ok", ""):
+                    failed[end] = answer
+        if closed.ok not in failed:
+            return closed
+
+
 class _Unknown(Exception):
     """A trial says nothing about where memory ends."""
 

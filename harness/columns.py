@@ -47,8 +47,9 @@ EXTRA = (
     "reserved_share internal_share external_share live_share fault error started_utc "
     # Several ranks: `resident_tokens` is the rank's own share of what all of them hold together;
     # a decode step with its collectives, and these alone; who ended the trial.
-    "parallel context_ranks resident_tokens_all_ranks parallel_decode_step_ms collective_ms "
-    "collective_bytes merged_gate_error failed_rank "
+    "parallel context_ranks resident_tokens_all_ranks parallel_decode_step_ms "
+    "parallel_decode_step_ms_iqr parallel_decode_samples collective_ms collective_ms_iqr "
+    "collective_samples collective_bytes merged_gate_error failed_rank "
     # Which of an experiment's arms a row belongs to. Many sequences: bytes and shares are means
     # while a request waited for memory; `sequences_admitted` is how many then ran at once; tokens
     # are those of finished requests; the end is when every sequence is closed again.
@@ -61,7 +62,14 @@ EXTRA = (
 ).split()
 
 # What folders of earlier versions may lack.
-ADDED_LATER = ("gpu_uuid", "torch_requested_bytes")
+ADDED_LATER = (
+    "gpu_uuid",
+    "torch_requested_bytes",
+    "parallel_decode_step_ms_iqr",
+    "parallel_decode_samples",
+    "collective_ms_iqr",
+    "collective_samples",
+)
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)
 TIMELINE_COLUMNS: tuple[str, ...] = tuple(
@@ -75,14 +83,18 @@ TIMELINE_COLUMNS: tuple[str, ...] = tuple(
 STATUSES = ("ok", "oom", "refused", "oom_host", "invalid", "timeout", "crash")
 BASES = ("measured", "scale_model", "planned")
 
+# Times that every rank takes of the same work, with what is told of their samples.
+OF_ALL_RANKS = {
+    "parallel_decode_step_ms": ("parallel_decode_step_ms_iqr", "parallel_decode_samples"),
+    "collective_ms": ("collective_ms_iqr", "collective_samples"),
+}
 # Figures of speed: a row that is not ok, or whose gate did not pass, must not carry them.
 PERFORMANCE: frozenset[str] = frozenset(c for c in TIME if c.startswith("attention_")) | {
     "decode_samples",
     "prefill_samples",
     "prefill_modelled_seconds",
     "prefill_model_residual",
-    "parallel_decode_step_ms",
-    "collective_ms",
+    *(c for time, told in OF_ALL_RANKS.items() for c in (time, *told)),
     "decode_while_growing_ms",
 }
 

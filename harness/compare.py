@@ -20,6 +20,7 @@ from harness import style
 from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.pairing import MEMORY, METRICS, Pairs, Ratio, cell_names, pair, ratios
+from harness.phases import place_name
 from harness.plots_compare import figure_compare
 from harness.runs import Run, RunError, clean, load_run, lookup, read_text, write_file
 from harness.series import is_scale_model
@@ -228,7 +229,7 @@ def _parser() -> OneLineParser:
 
 
 def _end(row: pd.Series, side: str) -> str:
-    where = "/".join(p for p in (row[f"oom_phase_{side}"], row[f"oom_allocation_{side}"]) if p)
+    where = place_name(row[f"oom_phase_{side}"], row[f"oom_allocation_{side}"])
     return f"{row[f'status_{side}']}{f' in {where}' if where else ''}"
 
 

@@ -13,6 +13,7 @@ import functools
 import itertools
 import math
 import re
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -154,17 +155,21 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     return copy.deepcopy(_composed_once(tuple(overrides)))
 
 
+_COMPOSING = threading.Lock()  # Hydra's session is the process's: one thread at a time
+
+
 @functools.lru_cache(maxsize=256)
 def _composed_once(overrides: tuple[str, ...]) -> DictConfig:
     """What these words mean; they alone decide it, and Hydra takes a tenth of a second to say."""
-    running = GlobalHydra.instance().is_initialized()
-    session = (
-        contextlib.nullcontext()
-        if running
-        else initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="harness")
-    )
-    with session:
-        config = compose("config", overrides=list(overrides))
+    with _COMPOSING:
+        running = GlobalHydra.instance().is_initialized()
+        session = (
+            contextlib.nullcontext()
+            if running
+            else initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="harness")
+        )
+        with session:
+            config = compose("config", overrides=list(overrides))
     OmegaConf.resolve(config)
     return config
 

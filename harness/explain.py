@@ -23,6 +23,7 @@ from harness.explain_longest import refusal
 from harness.explain_spec import Question, engine_flag, question
 from harness.gpus import GPUS, Gpu, gpu_named, gpu_with_total
 from harness.hf_config import HFConfig, read_hf_config
+from harness.phases import phase_name
 from harness.planner import largest_context_that_starts, predict
 from harness.planner_changes import GOALS, Change, longest_accepted, smallest_change
 from harness.planner_spec import PlanSpec, Prediction
@@ -203,7 +204,9 @@ def _answer(made: Prediction, facts: LogFacts | None, capacity_bytes: int) -> li
     if started:
         left = gib(made.free_bytes)
         return [_row("starts", f"with room for {made.pool_tokens:,} tokens; {left} stay free")]
-    failed = (facts.failed if facts is not None else "") or made.allocation or made.phase
+    failed = (
+        (facts.failed if facts is not None else "") or made.allocation or phase_name(made.phase)
+    )
     item = next((i for i in made.items if i.allocation == failed), None)
     size = f" ({gib(item.nbytes)})" if item is not None and item.nbytes else ""
     parts = [_row("failed", f"{failed or 'unknown'}{size}")]

@@ -14,6 +14,7 @@ from harness.cell import Cell
 from harness.lengths import filled_tokens
 from harness.offload import device_weights
 from harness.options import engine_model
+from harness.phases import SIZED_PHASES
 from harness.planner import OomPoints, Prediction, oom_points, predict
 from harness.planner_engines import ENGINES
 from harness.planner_spec import (
@@ -145,9 +146,7 @@ def _deviations(row: Row, made: Prediction) -> list[str]:
         if item.location == "device":
             held = item.taken_bytes if item.failed else item.nbytes
             by_phase[item.phase] = by_phase.get(item.phase, 0) + held
-    measured = {
-        p: row.get(f"{p}_bytes") or 0 for p in ("context", "nccl", "weights", "tables", "workspace")
-    }
+    measured = {p: row.get(f"{p}_bytes") or 0 for p in SIZED_PHASES}
     measured["kv"] = row.get("kv_committed_bytes") or 0
     by_phase["kv"] = made.predicted_kv_bytes
     allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))

@@ -106,7 +106,7 @@ class Gate:
         mine = slice(head * g.group, (head + 1) * g.group)
         asked: list[Asked] = []
         sms = self.settings.hardware.sm_count
-        plan = ops.plan_decode(view, sms, self.steps.decode_scratch())
+        plan = ops.plan_decode(view, sms, self.steps.decode_scratch(), unsettled_tokens=1)
         needles = content.needles[(sequence, layer)]
         for what, queries in (
             ("decode", self._random_queries(view, 1, needles)),

@@ -223,20 +223,42 @@ def _read_records(records: Path) -> list[dict[str, Any]]:
 
 
 def how_it_ended(
-    job: Job, code: int, timed_out: bool, found: list[dict[str, Any]], text: str
+    job: Job,
+    code: int,
+    timed_out: bool,
+    found: list[dict[str, Any]],
+    text: str,
+    rank: int | None = None,
 ) -> Row:
-    """Status and signal of a trial that left no row."""
+    """Status, signal and error of a trial that left no row; ``rank``: the one that ended so."""
     if timed_out:
         limit = job.cells[0].settings.trial.timeout_seconds
         return {"status": "timeout", "error": f"killed after {limit:g} s"}
+    ended: Row = {"status": "crash", "error": None}
     errors = [r["error"] for r in found if r["type"] == "error"]
-    said = errors[-1] if errors else text.strip().rpartition("\n")[2]
-    ended: Row = {"status": "crash", "error": printable(said)[-ERROR_TEXT_CHARS:]}
+    said = errors[-1] if errors else ""
     if code < 0:
-        ended["signal"] = signal.Signals(-code).name
+        ended["signal"] = signal_name(-code)
+        killed = f"killed by signal {-code} ({ended['signal']})"
+        ended["error"] = killed if rank is None else f"rank {rank} was {killed}"
         if -code == signal.SIGKILL and _killed_for_memory(found):
             ended["status"] = "oom_host"
+            ended["error"] += ", as the host ran out of memory"
+    # The last words of a process that a signal ended are of something else, unless it gave up.
+    if not said and (code >= 0 or -code == signal.SIGABRT):
+        said = text.strip().rpartition("\n")[2]
+    if said:
+        said = printable(said)[-ERROR_TEXT_CHARS:]
+        ended["error"] = f"{ended['error']}: {said}" if ended["error"] else said
     return ended
+
+
+def signal_name(number: int) -> str:
+    """``SIGKILL``; ``SIG35`` for one without a name."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"SIG{number}"
 
 
 def _killed_for_memory(found: list[dict[str, Any]]) -> bool:

@@ -8,8 +8,9 @@ from typing import Any
 
 from harness import forecast
 from harness.folder import FolderError, RunFolder
+from harness.phases import phase_name
 from harness.ranks_scaling import scaling_table
-from harness.ranks_summary import per_trial
+from harness.ranks_summary import on_rank, per_trial
 from harness.rows import Row, own_crash
 from harness.settings import Settings
 from harness.sizes import gib, mib, tokens_text
@@ -101,7 +102,8 @@ def warnings(rows: list[Row]) -> list[str]:
             )
         if row["status"] in DIED and not own_crash(row):
             why = row.get("signal") or row.get("error") or "no reason is known"
-            lines.append(f"warning  {where}: {row['status']} in {row.get('oom_phase')} ({why})")
+            phase = phase_name(row.get("oom_phase")) or "no phase that is known"
+            lines.append(f"warning  {where}: {row['status']}{on_rank(row)} in {phase} ({why})")
     if len(lines) > MAX_WARNINGS:
         lines[MAX_WARNINGS:] = [f"warning  and {len(lines) - MAX_WARNINGS} more, in trials.csv"]
     return lines

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from harness.phases import phase_name
 from harness.planner_changes import Change
 from harness.planner_spec import OomPoints, PlanItem, PlanSpec, Prediction
 from harness.sizes import gib, tokens_text
@@ -33,18 +34,19 @@ def items_table(made: Prediction, scale: int, capacity_bytes: int) -> str:
     rows: list[list[str]] = []
     held = 0
     for item in _merged(made.items, SMALL_BYTES // scale):
+        named = [phase_name(item.phase), item.allocation]
         size = gib(item.nbytes * scale)
         if item.location != "device":
             where = "pinned host memory" if item.location == "host_pinned" else "host memory"
-            rows.append([item.phase, item.allocation, size, "", "", f"{where}  {item.shape}"])
+            rows.append([*named, size, "", "", f"{where}  {item.shape}"])
         elif item.failed:
             end = "FAILS" if made.outcome == "oom" else "REFUSED"
             free = gib(made.free_bytes * scale)
-            rows.append([item.phase, item.allocation, size, end, free, item.shape])
+            rows.append([*named, size, end, free, item.shape])
         else:
             held += item.nbytes
             free = gib((capacity_bytes - held) * scale)
-            rows.append([item.phase, item.allocation, size, gib(held * scale), free, item.shape])
+            rows.append([*named, size, gib(held * scale), free, item.shape])
     header = ("phase", "allocation", "bytes", "held", "free", "shape")
     return aligned(header, rows, (2, 3, 4))
 
@@ -67,7 +69,7 @@ def points_table(points: OomPoints, context_tokens: int) -> str:
     ends = {"sweep_end": f"no failure up to {tokens_text(context_tokens)}, the context asked for"}
     for name in ("startup", "admit", "resident"):
         point = getattr(points, name)
-        where = f"{point.phase} {point.allocation}".strip()
+        where = f"{phase_name(point.phase)} {point.allocation}".strip()
         limit = ends.get(point.limited_by, point.limited_by)
         rows.append([name, _tokens(point.ok), _tokens(point.not_ok), f"{limit}  {where}".strip()])
     return aligned(("OOM point", "largest ok", "smallest not ok", "limited by"), rows, (1, 2))
@@ -113,7 +115,7 @@ def _failure(made: Prediction, scale: int) -> str:
         return f"refused: {made.message or made.allocation}"
     if made.outcome == "crash":
         return f"it crashes: {made.message}"
-    text = f"{made.allocation} ({made.phase}) asks {asked}, {free} are free"
+    text = f"{made.allocation} ({phase_name(made.phase)}) asks {asked}, {free} are free"
     ate = eater(made)
     if ate is not None and ate.nbytes * 4 > made.requested_bytes:
         text += f"; {ate.allocation} took {gib(ate.nbytes * scale)} before it"

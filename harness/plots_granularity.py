@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 from harness import style
 from harness.plots_throughput import ATTENTION_ONLY, SPEED_OF_SCALE_MODEL
 from harness.runs import trials
-from harness.series import Series, is_scale_model, scale, series
+from harness.series import Series, is_scale_model, options_of, scale, series
 from harness.sizes import MIB
 
 GRAINS = {
@@ -97,10 +97,13 @@ def _curves(rows: pd.DataFrame) -> Iterator[tuple[str, Series]]:
     """Return every curve by what was run (kernels or allocator) and how memory grew."""
     leave = (*GRAINS, "arm", "workload", "growth", "sequences", "kernel_variant")
     several = rows["strategy"].nunique() > 1
-    groups = dict(list(rows.groupby(["workload", "growth"], sort=False)))
-    for (workload, growth), part in sorted(groups.items(), key=lambda item: _turn(*item[0])):
+    deferred = rows["strategy_options"].map(
+        lambda text: options_of(text).get("release") == "deferred"
+    )
+    groups = dict(list(rows.groupby(["workload", "growth", deferred], sort=False)))
+    for (workload, growth, late), part in sorted(groups.items(), key=lambda item: _turn(*item[0])):
         kind = WORKLOADS.get(workload, workload)
-        grown = GROWTHS.get(growth, growth)
+        grown = GROWTHS.get(growth, growth) + (", deferred release" if late else "")
         found = series(part, leave=leave)
         for one in found:
             more = one.label.removeprefix(one.strategy).removeprefix(", ")
@@ -108,7 +111,7 @@ def _curves(rows: pd.DataFrame) -> Iterator[tuple[str, Series]]:
             yield ", ".join(p for p in parts if p), one
 
 
-def _turn(workload: str, growth: str) -> tuple[object, ...]:
+def _turn(workload: str, growth: str, deferred: bool) -> tuple[object, ...]:
     """Sorting key: workloads and growths in the order in which they are always named."""
     kinds, grown = list(WORKLOADS), list(GROWTHS)
     return (
@@ -116,6 +119,7 @@ def _turn(workload: str, growth: str) -> tuple[object, ...]:
         workload,
         grown.index(growth) if growth in grown else len(grown),
         growth,
+        deferred,
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -9,13 +11,13 @@ from matplotlib.patches import Patch
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
+from harness.phases import PHASES, SIZED_PHASES, phase_name
 from harness.plots_memory import SCALE_TEXT
 from harness.runs import frame
 from harness.series import by_model, is_scale_model, points, rank_of, series
 from harness.sizes import GIB
 from harness.tabular import percent, tokens
 
-PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode", "prefill")
 # What the rows that one process writes have in common.
 PROCESS = (
     "strategy",
@@ -38,9 +40,7 @@ PROCESS = (
 )
 TITLE_POINTS = 200.0  # of a column's width, beside the axis' labels
 BARS_TEXT = "A bar: what is held at the end of the phase, or was asked for in it."
-COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {
-    p: p for p in ("context", "nccl", "weights", "tables", "workspace")
-}
+COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {p: p for p in SIZED_PHASES}
 
 
 @style.styled
@@ -68,7 +68,9 @@ def figure_phases(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         _phase_bars(axes, label, row, stack, names)
     figure.axes[0].set_ylim(0, figure.axes[0].get_ylim()[1] * 1.12)
     used = {c for axes in figure.axes for c in axes.get_legend_handles_labels()[1]}
-    handles = [Patch(color=c, label=n) for n, c in style.COMPONENTS.items() if n in used]
+    handles = [
+        Patch(color=c, label=phase_name(n)) for n, c in style.COMPONENTS.items() if n in used
+    ]
     handles.append(
         Patch(facecolor="white", edgecolor="black", hatch="////", label="asked, refused")
     )
@@ -148,8 +150,7 @@ def stack_of(row: pd.Series, timeline: pd.DataFrame) -> pd.DataFrame:
     """
     events = ledger_of(row, timeline)
     if events.empty:
-        columns = ("context", "nccl", "weights", "tables", "workspace")
-        end = {c: row[f"{c}_bytes"] for c in columns} | {"KV": row["kv_committed_bytes"]}
+        end = {c: row[f"{c}_bytes"] for c in SIZED_PHASES} | {"KV": row["kv_committed_bytes"]}
         table = pd.DataFrame([end], index=["end"]).fillna(0)
         return table.loc[:, table.iloc[0] != 0]
     component = events["phase"].map(COMPONENT_OF_PHASE).fillna("other")
@@ -229,4 +230,6 @@ def _bar_totals(axes: Axes, phases: list[str], tops: pd.Series) -> None:
     missing = [i for i, name in enumerate(phases) if name not in tops.index]
     if missing:
         axes.text(sum(missing) / len(missing), 4, "never reached", ha="center", fontsize=6.5)
-    axes.tick_params("x", labelsize=6, rotation=30)
+    names = [phase_name(p) for p in phases]
+    look: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(phases)), names, fontsize=6, **look)  # each ends at its bar

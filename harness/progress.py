@@ -9,12 +9,15 @@ from typing import Any
 from tqdm import tqdm
 
 from harness.cell import Cell
+from harness.phases import phase_name
+from harness.ranks_summary import on_rank
 from harness.rows import Row, identity
 from harness.settings import Settings
 from harness.sizes import gib, mib, tokens_text
 from harness.summary import ARM_KEYS, admitted, arms, started
 
 NAME_CHARACTERS = 12  # at least; as many as the longest arm's name takes
+ERROR_CHARACTERS = 160
 
 
 class Progress:
@@ -47,7 +50,9 @@ class Progress:
         """Show the phase of the trial in hand."""
         if self.bar is not None and record["type"] == "timeline":
             row = record["row"]
-            self.bar.set_postfix_str(f"{row['phase']}: {row['allocation']}", refresh=False)
+            self.bar.set_postfix_str(
+                f"{phase_name(row['phase'])}: {row['allocation']}", refresh=False
+            )
             self.bar.refresh()
 
     def advance(self, trials: int, cell: Cell) -> None:
@@ -119,7 +124,7 @@ def row_line(row: Row, arm: str = "", width: int = NAME_CHARACTERS) -> str:
     )
     if row["status"] in ("oom", "refused") and row.get("oom_requested_bytes") is not None:
         text += (
-            f" in {row['oom_phase']}: {row['oom_allocation']} asked "
+            f"{on_rank(row)} in {phase_name(row['oom_phase'])}: {row['oom_allocation']} asked "
             f"{size(row['oom_requested_bytes'])}, {size(row['oom_free_bytes'])} free"
         )
     elif row["basis"] == "planned":
@@ -129,5 +134,13 @@ def row_line(row: Row, arm: str = "", width: int = NAME_CHARACTERS) -> str:
         if row.get("attention_decode_step_ms") is not None:
             text += f", attention decode {row['attention_decode_step_ms']:.2f} ms a step"
     else:
-        text += f" {row.get('error') or row.get('signal') or ''}"[:160]
+        text += f"{_where(row)} {row.get('error') or row.get('signal') or ''}"[:ERROR_CHARACTERS]
     return text
+
+
+def _where(row: Row) -> str:
+    """Of several ranks, which one ended the trial, and in which phase it was."""
+    if not on_rank(row):
+        return ""
+    phase = phase_name(row.get("oom_phase"))
+    return on_rank(row) + (f" in {phase}:" if phase else ":")

@@ -9,11 +9,11 @@ from typing import Any
 from harness.cell import Cell
 from harness.folder import Outcome
 from harness.launch import Job, how_it_ended, unfinished
+from harness.phases import PHASES, phase_name, place_name
+from harness.ranks_summary import ORDERLY
 from harness.rows import Row
 
 ENDED_BY_PEER = "ended by another rank"  # a rank's own word, until the trial's end replaces it
-ORDERLY = ("oom", "refused")
-PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace", "fill", "decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,9 @@ class Failure:
     rank : int or None
         None when ranks hang and none is behind the others.
     status : str
+    silent, said : tuple of int, str
+        Of a timeout, the ranks that had not answered: those that the others waited for, else all;
+        and the same in words.
     limit : int or None
         Resident tokens of the failed rank, to which the others still grow: what a trial holds is
         what its smallest rank holds. None: they end at once.
@@ -33,6 +36,8 @@ class Failure:
     rank: int | None
     status: str
     limit: int | None = None
+    silent: tuple[int, ...] = ()
+    said: str = ""
 
     @staticmethod
     def of(rank: int, row: Row) -> Failure | None:
@@ -56,25 +61,48 @@ class RankEnd:
     code: int | None = None
     log: str = ""
 
+    @property
+    def phase(self) -> str:
+        """The phase that it began last; ``""`` before the first."""
+        stages = [r["stage"] for r in reversed(self.records) if r["type"] == "stage"]
+        return next((s for s in stages if s in PHASES), "")
+
     def advance(self, record: dict[str, Any]) -> None:
         """It came to another stage; a rank that joined one waits for the others."""
         self.waiting = record["type"] == "join"
         self.steps += 1
 
 
-def least_advanced(ends: Iterable[RankEnd]) -> int | None:
-    """The rank that the others wait for; None when none is behind."""
-    ordered = sorted(ends, key=lambda e: (e.steps, e.waiting, e.rank))
-    keys = {(e.steps, e.waiting) for e in ordered}
-    return ordered[0].rank if len(keys) > 1 or len(ordered) == 1 else None
+def timed_out(ends: Iterable[RankEnd]) -> Failure:
+    """Of ranks that still run when the time is over: which had not answered, and which to blame.
+
+    Those that came least far are the ones that the others wait for; when all came equally far (into
+    one collective, say), nobody can tell which of them holds up the rest.
+    """
+    ends = list(ends)
+    least = min((e.steps, e.waiting) for e in ends)
+    behind = [e for e in ends if (e.steps, e.waiting) == least]
+    named = len(behind) < len(ends) or len(ends) == 1
+    silent = tuple(e.rank for e in behind)
+    return Failure(silent[0] if named else None, "timeout", silent=silent, said=_silence(behind))
+
+
+def _silence(silent: list[RankEnd]) -> str:
+    """``rank 1 had not answered since pool began``; several in a list."""
+    *first, last = (str(e.rank) for e in silent)
+    who = f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
+    phases = {e.phase for e in silent}
+    since = f"{phase_name(phases.pop())} began" if len(phases) == 1 and all(phases) else "the start"
+    return f"{who} had not answered since {since}"
 
 
 def outcome_of(job: Job, ends: list[RankEnd], failure: Failure | None, seconds: float) -> Outcome:
     """Rows of every rank, settled among them; timeline and samples with their rank."""
     rows: list[Row] = []
+    late = _late(job, failure)
     for cell in job.cells:
-        own = [_row_of(job, cell, end, failure, seconds) for end in ends]
-        rows += settle(own, failure)
+        own = [_row_of(job, cell, end, failure, late, seconds) for end in ends]
+        rows += settle(own, failure, late)
     timeline = [
         r["row"] | {"rank": e.rank} for e in ends for r in e.records if r["type"] == "timeline"
     ]
@@ -87,20 +115,29 @@ def outcome_of(job: Job, ends: list[RankEnd], failure: Failure | None, seconds: 
     return Outcome(rows, timeline, samples, "\n".join(e.log for e in ends if e.log))
 
 
-def _row_of(job: Job, cell: Cell, end: RankEnd, failure: Failure | None, seconds: float) -> Row:
+def _late(job: Job, failure: Failure | None) -> Row:
+    """What a rank's row says when the trial's time was over; nothing when it was not."""
+    if failure is None or failure.status != "timeout":
+        return {}
+    ended = how_it_ended(job, 0, True, [], "")
+    return ended | {"error": f"{ended['error']}: {failure.said}"}
+
+
+def _row_of(
+    job: Job, cell: Cell, end: RankEnd, failure: Failure | None, late: Row, seconds: float
+) -> Row:
     """A rank's row of a cell: its own, or what can be said of a rank that left none."""
     for row in end.rows:
         if row["trial_id"] == cell.trial_id:
             return row
     extra = job.extra | {"rank": end.rank}
     last: Row = next((r["row"] for r in reversed(end.records) if r["type"] == "timeline"), {})
-    stages = [r["stage"] for r in end.records if r["type"] == "stage" and r["stage"] in PHASES]
-    last = last | {"phase": stages[-1] if stages else None}
+    last = last | {"phase": end.phase or None}
     own = failure is not None and failure.rank == end.rank
-    if failure is not None and failure.status == "timeout":
-        ended = how_it_ended(job, 0, True, end.records, end.log) if own else {}
+    if failure is not None and late:
+        ended = late if end.rank in failure.silent else {}
     elif own or failure is None or _died_by_itself(end):
-        ended = how_it_ended(job, end.code or 0, False, end.records, end.log)
+        ended = how_it_ended(job, end.code or 0, False, end.records, end.log, end.rank)
     else:
         ended = {}
     return unfinished(cell, extra, ended or {"status": ENDED_BY_PEER}, last, seconds)
@@ -111,19 +148,20 @@ def _died_by_itself(end: RankEnd) -> bool:
     return end.code not in (0, None, -9)
 
 
-def settle(rows: list[Row], failure: Failure | None) -> list[Row]:
+def settle(rows: list[Row], failure: Failure | None, late: Row | None = None) -> list[Row]:
     """One trial's rows by rank: every one says how the trial ended, and which rank ended it.
 
     A rank that failed keeps its own status and figures; the others get the status of the one that
     ended the trial, without its figures. Of several that ran out of memory while growing, the one
-    that holds the least ended it.
+    that holds the least ended it. ``late`` is what rows say of a timeout that no rank is to blame
+    for.
     """
     failed = [r for r in rows if r["status"] not in ("ok", ENDED_BY_PEER)]
     if not failed and not any(r["status"] == ENDED_BY_PEER for r in rows):
         return rows
     cause = _cause(failed, failure)
     if cause is None:
-        return [r | {"status": "timeout", "error": "every rank hangs, none behind"} for r in rows]
+        return [r | {"status": "timeout"} | (late or {}) for r in rows]
     held = [int(r["resident_tokens"] or 0) for r in rows]
     out = []
     for row in rows:
@@ -154,7 +192,7 @@ def _place_of_failure(row: Row) -> tuple[int, int, int, int]:
 
 def _shared(cause: Row) -> Row:
     """What a rank's row says when another ended the trial."""
-    where = "/".join(str(cause[k]) for k in ("oom_phase", "oom_allocation") if cause.get(k))
+    where = place_name(cause.get("oom_phase"), cause.get("oom_allocation"))
     how = " ".join(str(cause[k]) for k in ("status", "signal") if cause.get(k))
     keep = ("status", "oom_phase", "oom_allocation")
     shared = {k: cause.get(k) for k in keep}

@@ -1,7 +1,7 @@
 """The process group of a trial's ranks: NCCL on GPUs, gloo on the host.
 
-Phase ``nccl``: everything that NCCL takes is taken here, by collectives of the very sizes that a
-decode step needs, and read off the device's own meter.
+Phase ``nccl`` whichever it is, for people ``communicator``: everything that NCCL takes is taken
+here, by collectives of the very sizes that a decode step needs, and read off the device's meter.
 """
 
 from __future__ import annotations

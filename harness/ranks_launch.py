@@ -22,7 +22,7 @@ from harness.folder import Outcome
 from harness.launch import POLL_SECONDS, Job, child_environment, kill_trial, prepared
 from harness.lock import held_files
 from harness.ranks import Place
-from harness.ranks_ends import Failure, RankEnd, least_advanced, outcome_of
+from harness.ranks_ends import Failure, RankEnd, outcome_of, timed_out
 from harness.ranks_group import STORE_HOST
 from harness.rows import Row
 
@@ -265,10 +265,11 @@ class Conductor:
         limit = self.job.cells[0].settings.trial.timeout_seconds
         running = [end for end in self.ends if end.code is None]
         if running and self.kill_at is None and now - self.began > limit:
-            slow = least_advanced(running)
-            if self.failure is None and slow is not None:
-                self.handles[slow].kill()
-            self._fail(Failure(slow, "timeout"))
+            late = timed_out(running)
+            if self.failure is None and late.rank is not None:
+                for rank in late.silent:
+                    self.handles[rank].kill()
+            self._fail(late)
         if self.kill_at is not None and now > self.kill_at:
             for end in running:
                 self.handles[end.rank].kill()

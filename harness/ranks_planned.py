@@ -7,10 +7,9 @@ from harness.folder import Outcome
 from harness.forecast import predict_cell
 from harness.launch import Job
 from harness.lengths import filled_tokens
+from harness.phases import SIZED_PHASES
 from harness.ranks_group import sizes_of
 from harness.rows import Row, identity
-
-SIZED_PHASES = ("context", "nccl", "weights", "tables", "workspace")
 
 
 def planned_outcome(job: Job) -> Outcome:

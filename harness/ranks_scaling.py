@@ -28,6 +28,8 @@ class Scaled:
         Tokens of one sequence that all ranks hold together when it is refused more.
     step_ms, attention_ms, collective_ms : float or None
         A decode step with its collectives, and either alone, of the slowest rank.
+    step_iqr_ms, attention_iqr_ms, collective_iqr_ms : float or None
+        Interquartile ranges of their samples.
     """
 
     strategy: str
@@ -40,6 +42,9 @@ class Scaled:
     step_ms: float | None
     attention_ms: float | None
     collective_ms: float | None
+    step_iqr_ms: float | None
+    attention_iqr_ms: float | None
+    collective_iqr_ms: float | None
     trials: tuple[str, ...]
 
     @property
@@ -87,6 +92,9 @@ def _scaled(key: Key, own: list[Row]) -> Scaled:
         step_ms=middle("parallel_decode_step_ms"),
         attention_ms=middle("attention_decode_step_ms"),
         collective_ms=middle("collective_ms"),
+        step_iqr_ms=middle("parallel_decode_step_ms_iqr"),
+        attention_iqr_ms=middle("attention_decode_step_ms_iqr"),
+        collective_iqr_ms=middle("collective_ms_iqr"),
         trials=tuple(str(r["trial_id"]) for r in full),
     )
 
@@ -135,6 +143,9 @@ def scaling_table(rows: Iterable[Row]) -> str:
     def number(value: Any, text: str) -> str:  # noqa: ANN401
         return EMPTY if value is None else format(value, text)
 
+    def time(ms: float | None, iqr_ms: float | None) -> str:
+        return number(ms, ".3f") + ("" if iqr_ms is None else f" ({iqr_ms:.3f})")
+
     lines = [
         (
             s.strategy,
@@ -145,9 +156,9 @@ def scaling_table(rows: Iterable[Row]) -> str:
             number(s.capacity_tokens, ",.0f"),
             number(ratios.get(s), ".2f"),
             number(s.timed_tokens, ",.0f"),
-            number(s.attention_ms, ".3f"),
-            number(s.collective_ms, ".3f"),
-            number(s.step_ms, ".3f"),
+            time(s.attention_ms, s.attention_iqr_ms),
+            time(s.collective_ms, s.collective_iqr_ms),
+            time(s.step_ms, s.step_iqr_ms),
         )
         for s in found
     ]
@@ -166,6 +177,7 @@ def scaling_table(rows: Iterable[Row]) -> str:
     )
     notes = (
         "Capacity: tokens of one sequence over all ranks when it is refused more. Times: attention "
-        "and collectives of all layers, no other work of a model, slowest rank.",
+        "and collectives of all layers, no other work of a model, slowest rank; medians, in "
+        "brackets the interquartile range.",
     )
     return Table("", columns, tuple(lines), notes).text()

@@ -131,7 +131,7 @@ def _decoded(
     from kernels import ops
 
     sms = gate.settings.hardware.sm_count
-    plan = ops.plan_decode(view, sms, gate.steps.decode_scratch())
+    plan = ops.plan_decode(view, sms, gate.steps.decode_scratch(), unsettled_tokens=1)
     out, lse = ops.decode(view, layer, q, plan)
     return out.contiguous(), lse.contiguous()
 
@@ -275,6 +275,10 @@ def step_columns(step: Samples, collectives: Samples, sizes: Sizes) -> dict[str,
     """Columns of the timed step."""
     return {
         "parallel_decode_step_ms": step.median_ms,
+        "parallel_decode_step_ms_iqr": step.iqr_ms,
+        "parallel_decode_samples": len(step.ms),
         "collective_ms": collectives.median_ms,
+        "collective_ms_iqr": collectives.iqr_ms,
+        "collective_samples": len(collectives.ms),
         "collective_bytes": sizes.step_bytes,
     }

@@ -24,9 +24,11 @@ from harness.runs import (
     load_runs,
     lookup,
     rows_of_others,
+    trials,
     write_file,
 )
 from harness.series import is_scale_model
+from harness.tables_ranks import ranks_table
 from harness.tabular import EMPTY, Table, markdown_text
 
 FIGURES_NOTE = "Every figure is drawn from `trials.csv` (a row a trial) and `timeline.csv`."
@@ -89,7 +91,7 @@ def report_parts(
     """
     judged_only = rows_of_others(rows, run_id)
     said = [
-        *([] if judged_only else [remedies_table(rows, summary), tables.oom_points(summary, rows)]),
+        *([] if judged_only else _answers(rows, summary)),
         tables.verdicts(summary),
         *engine_tables(summary),
     ]
@@ -99,6 +101,14 @@ def report_parts(
         tables.sweep(rows, each=True),
     ]
     return [t for t in said if t.rows], [t for t in evidence if t.rows]
+
+
+def _answers(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
+    return [
+        remedies_table(rows, summary),
+        tables.oom_points(summary, rows),
+        ranks_table(summary, rows),
+    ]
 
 
 def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
@@ -124,7 +134,7 @@ def answer(rows: pd.DataFrame, summary: dict[str, Any]) -> list[str]:
         out = [f"{len(out)} configurations: the table of OOM points says where each of them ends."]
     if is_scale_model(rows):
         out.append(SCALE_NOTE)
-    status = rows["status"].value_counts()
+    status = trials(rows)["status"].value_counts()
     return [*out, "Trials: " + ", ".join(f"{n} {s}" for s, n in sorted(status.items())) + "."]
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from harness import forecast
-from harness.bracket import Bracket, close_bracket
+from harness.bracket import Bracket, close_bracket, confirm_bracket
 from harness.cell import Cell
 from harness.folder import RunFolder
 from harness.launch import Job, run_job
@@ -157,15 +157,11 @@ class Run:
     def _bracket(self, settings: Settings, guess: int, verdict: Callable[[Row], str]) -> Bracket:
         """Close one bracket; rows of other brackets and of an earlier attempt are used again."""
 
-        def test(tokens: int, repeat: int = 0) -> str:
+        def test(tokens: int, repeat: int) -> str:
             return verdict(self.rows_of([_bracket_cell(settings, tokens, repeat)])[0])
 
-        closed = close_bracket(test, guess, _chunk_tokens(settings), 1, settings.context_tokens)
-        for repeat in range(1, settings.bracket_repeats):
-            for end in (closed.ok, closed.not_ok):
-                if end is not None:
-                    test(end, repeat)
-        return closed
+        repeats, chunk = settings.bracket_repeats, _chunk_tokens(settings)
+        return confirm_bracket(test, repeats, guess, chunk, 1, settings.context_tokens)
 
 
 def _of_rank(cell: Cell, rank: int) -> Cell:

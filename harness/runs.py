@@ -19,7 +19,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from harness.columns import ADDED_LATER, COLUMNS, PERFORMANCE, TIMELINE_COLUMNS, is_text
+from harness.columns import (
+    ADDED_LATER,
+    COLUMNS,
+    OF_ALL_RANKS,
+    PERFORMANCE,
+    TIMELINE_COLUMNS,
+    is_text,
+)
 from harness.csv_table import parse_lines, whole_lines
 
 MAX_FILE_BYTES = 512 << 20
@@ -143,9 +150,10 @@ def frame(rows: Any, columns: Iterable[str] = COLUMNS) -> pd.DataFrame:  # noqa:
 
 
 def trials(rows: pd.DataFrame) -> pd.DataFrame:
-    """One row a trial: of its ranks, one that failed, else the one with the highest peak.
+    """One row a trial: of its ranks, the one that ended it, else the one with the highest peak.
 
-    Speeds are those of the slowest rank. A trial that writes several rows keeps them all.
+    Peaks are the largest, resident tokens the smallest, speeds those of the slowest rank. A trial
+    that writes several rows keeps them all.
     """
     rows = frame(rows)
     named = rows[rows["trial_id"] != ""]
@@ -154,17 +162,25 @@ def trials(rows: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(
         _turn=rows.groupby(["trial_id", "rank"], dropna=False).cumcount(),
         _bad=rows["status"] != "ok",
+        _ended=rows["rank"] == rows["failed_rank"],
         _key=rows["trial_id"].where(rows["trial_id"] != "", rows.index.astype(str)),
     )
     out = []
     for _, group in rows.groupby(["_key", "_turn"], sort=False):
-        row = group.sort_values(["_bad", "peak_device_bytes"], ascending=False).iloc[0].copy()
+        order = group.sort_values(["_bad", "_ended", "peak_device_bytes"], ascending=False)
+        row = order.iloc[0].copy()
+        row["peak_device_bytes"] = group["peak_device_bytes"].max()
+        row["resident_tokens"] = group["resident_tokens"].min()
         slow = group.sort_values("attention_decode_step_ms", ascending=False).iloc[0]
         if not row["_bad"]:
             for name in PERFORMANCE:
                 row[name] = slow[name]
+            for time, told in OF_ALL_RANKS.items():
+                slow = group.sort_values(time, ascending=False).iloc[0]
+                for name in (time, *told):
+                    row[name] = slow[name]
         out.append(row)
-    return frame(pd.DataFrame(out).drop(columns=["_turn", "_bad", "_key"]))
+    return frame(pd.DataFrame(out).drop(columns=["_turn", "_bad", "_ended", "_key"]))
 
 
 def rows_of_others(rows: pd.DataFrame, run_id: str) -> bool:

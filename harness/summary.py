@@ -7,12 +7,13 @@ import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from harness.ranks_summary import held_tokens, per_trial, rank_spread
+from harness.phases import START_PHASES
+from harness.ranks_spread import rank_spread
+from harness.ranks_summary import held_tokens, per_trial
 from harness.rows import Row, own_crash
 from harness.sizes import GIB, MIB, gib
 
 SCHEMA = 1
-START_PHASES = ("context", "nccl", "weights", "tables", "pool", "workspace")
 # What tells two arms of one strategy apart.
 ARM_KEYS = (
     "strategy arm engine_version model scale strategy_options emulated_ranks context_ranks "
@@ -115,10 +116,15 @@ def _options(text: object) -> dict[str, Any]:
 def bracket(answers: Iterable[tuple[int, str]]) -> Bracket:
     """[largest ok, smallest not ok above it] of (tokens, answer) pairs, and what ended it.
 
+    Tokens that failed in one trial are not ok, whatever another trial of them said.
     ``limited_by`` is ``""`` where it is unknown: nothing above found memory too small, but not
     everything there had an answer (``""``), since a trial died.
     """
-    every = list(answers)
+    worst: dict[int, str] = {}
+    for tokens, answer in answers:
+        before = worst.get(tokens, "")
+        worst[tokens] = answer if before in ("", "ok") and answer else before
+    every = list(worst.items())
     ok = max((t for t, a in every if a == "ok"), default=None)
     above = sorted((t, a) for t, a in every if a != "ok" and (ok is None or t > ok))
     refused = [(t, a) for t, a in above if a]

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.phases import place_name
+from harness.ranks_summary import on_rank
 from harness.runs import clean, dicts, frame, lookup, trials
 from harness.series import is_scale_model, points, scale, series
 from harness.sources import Sources, first_of
@@ -65,6 +67,7 @@ def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
     lines, anchors = [], []
     for one in series(own, leave=("model",)):
         keys = ["model", "context_tokens", "fill", "status", "oom_phase", "oom_allocation"]
+        keys.append("failed_rank")
         if each:
             keys.append("repeat")
         for _, group in one.rows.groupby(keys, dropna=False, sort=True):
@@ -79,6 +82,7 @@ def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
         ">fill",
         "status",
         "where",
+        ">failed rank",
         ">resident tokens",
         *(f">{name}" for name in ("KV committed", "peak")),
         ">decode tok/s",
@@ -110,17 +114,27 @@ def _sweep_notes(own: pd.DataFrame, left_out: int, timed: bool) -> tuple[str, ..
 
 
 def _failures(own: pd.DataFrame) -> list[str]:
-    """Return a sentence a failed cell: what was asked for, and what was free."""
+    """Return a sentence a failed cell: what was asked for, and what was free.
+
+    Of a trial of several ranks that no limit of memory ended, what did.
+    """
     out: dict[str, None] = {}
     for one in series(own):
-        for _, row in one.rows[one.rows["oom_requested_bytes"].notna()].iterrows():
-            where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p)
+        for _, row in one.rows[one.rows["status"] != "ok"].iterrows():
+            where = place_name(row["oom_phase"], row["oom_allocation"])
+            if known(row["oom_requested_bytes"]):
+                said = (
+                    f"asked {scaled_bytes(row['oom_requested_bytes'], row['scale'])}, free "
+                    f"{scaled_bytes(row['oom_free_bytes'], row['scale'])}, "
+                    f"{count(row['resident_tokens'])} tokens resident."
+                )
+            elif row["world_size"] > 1 and row["error"]:
+                said = f"{row['error']}."
+            else:
+                continue
             text = (
                 f"{one.label} at {tokens(row['context_tokens'])}, fill {percent(row['fill'])}: "
-                f"{row['status']} in {where}: asked "
-                f"{scaled_bytes(row['oom_requested_bytes'], row['scale'])}, free "
-                f"{scaled_bytes(row['oom_free_bytes'], row['scale'])}, "
-                f"{count(row['resident_tokens'])} tokens resident."
+                f"{row['status']}{on_rank(row)} in {where or 'no phase that is known'}: {said}"
             )
             out[text] = None
     return list(out)
@@ -128,7 +142,7 @@ def _failures(own: pd.DataFrame) -> list[str]:
 
 def _sweep_cells(label: str, row: pd.Series, first: object) -> tuple[str, ...]:
     factor = row["scale"]
-    where = "/".join(p for p in (row["oom_phase"], row["oom_allocation"]) if p) or EMPTY
+    where = place_name(row["oom_phase"], row["oom_allocation"]) or EMPTY
     return (
         str(first),
         label,
@@ -137,6 +151,7 @@ def _sweep_cells(label: str, row: pd.Series, first: object) -> tuple[str, ...]:
         percent(row["fill"]),
         row["status"] + (f" {row['signal']}" if row["signal"] else ""),
         where,
+        on_rank(row).removeprefix(" on rank ") or EMPTY,
         f"{row['resident_tokens']:,.0f}" if known(row["resident_tokens"]) else EMPTY,
         scaled_bytes(row["kv_committed_bytes"], factor),
         scaled_bytes(row["peak_device_bytes"], factor),

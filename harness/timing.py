@@ -91,7 +91,8 @@ class Stopwatch:
             queries = self.buffers.random_queries(view, view.sequences, self.settings.seed)
             q, out, lse = self.buffers.decode(view, queries)
             sms = self.settings.hardware.sm_count
-            plan = ops.plan_decode(view, sms, self.buffers.decode_scratch())
+            # Between two steps nothing older than the newest token is written.
+            plan = ops.plan_decode(view, sms, self.buffers.decode_scratch(), unsettled_tokens=1)
             work.append((view, q, plan, out, lse))
         return work
 

@@ -18,6 +18,7 @@ from harness.fill import Filler
 from harness.ledger import Ledger, tolerance_bytes
 from harness.lengths import filled_tokens, targets
 from harness.offload import device_weights
+from harness.phases import SIZED_PHASES
 from harness.planner_engines import ENGINES
 from harness.ranks_control import Alone, EndedByPeer, Team
 from harness.ranks_group import Collectives, connect
@@ -245,10 +246,7 @@ class Trial:
 
     def _memory_columns(self) -> Row:
         ledger = self.ledger
-        row: Row = {
-            f"{p}_bytes": ledger.phase_peak_bytes.get(p, 0)
-            for p in ("context", "nccl", "weights", "tables", "workspace")
-        }
+        row: Row = {f"{p}_bytes": ledger.phase_peak_bytes.get(p, 0) for p in SIZED_PHASES}
         row |= {
             "peak_ledger_bytes": ledger.peak_ledger_bytes,
             "peak_device_bytes": ledger.peak_device_bytes,

@@ -7,12 +7,14 @@ and V transposed, hence both are K-major as FP8 wgmma wants, and TMA brings a ti
 * The softmax is online in base 2; the running sum is kept per token slot and reduced once.
 * FP8 P is scaled by 256 before it is rounded, and each block's P V starts from zero and is added to
   the float32 accumulator: two levels, since the tensor cores accumulate FP8 in 14 bits or so.
+* Launches overlap: a program of which only the newest tokens may still be on their way starts its
+  first loads before the kernel in front has ended, and waits for it before it loads the query.
 * Blocks that hold a sequence's first or last visible token are masked apart from the main loop:
   P by the score, and V too, because 0 x NaN is NaN and behind the last token may lie anything.
 """
 
 # A kernel's arguments carry no Python types.
-# ruff: noqa: ANN001, ANN201, E741
+# ruff: noqa: ANN001, ANN201, E741, SIM102
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -96,54 +98,6 @@ def accumulate(acc, rescale, p, v, FP8: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def fetch_ahead(
-    arena: tl.int64,
-    table,
-    page_elements: tl.int64,
-    tile,
-    t0,
-    t1,
-    KV_HEADS: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK: tl.constexpr,
-    AHEAD: tl.constexpr,
-    ITEMSIZE: tl.constexpr,
-):
-    """Ask the L2 cache for a program's first pages while the kernel before is still at work.
-
-    Only a hint, so it need not wait for what that kernel writes: the page number is read past the
-    L1 cache, and everything is read again, by the loads that count, after the wait.
-    """
-    TILE_BYTES: tl.constexpr = 128 * D * ITEMSIZE
-    first = t0 // (128 // BLOCK)
-    end = (t1 + 128 // BLOCK - 1) // (128 // BLOCK)
-    j = tl.arange(0, triton.next_power_of_2(AHEAD))
-    mask = (j < AHEAD) & (first + j < end)
-    page = tl.load(table + first + j, mask=mask, other=-1, cache_modifier=".cg")
-    k = arena + (page * page_elements + tile.to(tl.int64) * (128 * D)) * ITEMSIZE
-    fetch_tile(tl.where(page >= 0, k, 0), AHEAD, TILE_BYTES)
-    fetch_tile(tl.where(page >= 0, k + KV_HEADS * TILE_BYTES, 0), AHEAD, TILE_BYTES)
-
-
-@triton.jit
-def fetch_tile(address, COUNT: tl.constexpr, BYTES: tl.constexpr):
-    """Bring the ``BYTES`` at each of ``COUNT`` addresses to L2: one request each; 0 is none.
-
-    The first ``COUNT`` threads hold them, and other threads hold them again.
-    """
-    tl.inline_asm_elementwise(
-        "{.reg .pred p; .reg .u32 t; mov.u32 t, %tid.x; setp.lt.u32 p, t, $2;"
-        " setp.ne.and.u64 p, $1, 0, p; @p cp.async.bulk.prefetch.L2.global [$1], $3;"
-        " mov.u32 $0, 0;}",
-        "=r,l,r,r",
-        [address, COUNT, BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def segment_at(record):
     """A record's unit, first and end block, first and end token, and slot."""
     return (
@@ -154,6 +108,12 @@ def segment_at(record):
         tl.load(record + 4),
         tl.load(record + 5),
     )
+
+
+@triton.jit
+def load_query(q_tile, heads):
+    """The query heads that share a KV head ``[D, N]``, zeros where N is padded."""
+    return tl.load(q_tile, mask=heads[None, :], other=0.0).to(tl.bfloat16)
 
 
 @triton.jit
@@ -169,7 +129,7 @@ def touch_pages(table, first, last):
 
 
 @triton.jit(
-    do_not_specialize=["layer", "table_stride", "page_shift"],
+    do_not_specialize=["layer", "unsettled_tokens", "table_stride", "page_shift"],
     do_not_specialize_on_alignment=["page_table", "lse", "partial_lse", "k_scale", "v_scale"],
 )
 def decode_kernel(
@@ -191,6 +151,7 @@ def decode_kernel(
     v_scale,
     scale,
     layer,
+    unsettled_tokens,
     KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     N: tl.constexpr,
@@ -199,7 +160,7 @@ def decode_kernel(
     DTYPE: tl.constexpr,
     TMA: tl.constexpr,
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    EARLY: tl.constexpr,
     PDL: tl.constexpr,
     WIDE: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -218,13 +179,8 @@ def decode_kernel(
         unit, t0, t1, first, end, slot = segment_at(own)
     if PDL:
         gdc_launch_dependents()
-        if AHEAD > 0:
-            fetch_ahead(
-                arena, page_table + unit // KV_HEADS * table_stride.to(tl.int64), page_elements,
-                layer * 2 * KV_HEADS + unit % KV_HEADS, t0, t1,
-                KV_HEADS, D, BLOCK, AHEAD, 1 if FP8 else 2,
-            )  # fmt: skip
-        gdc_wait()
+        if EARLY == 0:
+            gdc_wait()
     for i in tl.range(0, count, disable_licm=True):
         if TMA:
             if i > 0:
@@ -237,11 +193,24 @@ def decode_kernel(
         head = unit % KV_HEADS
         q_at = unit * G
         table = page_table + row.to(tl.int64) * table_stride
-        if TMA and not INTERPRETED and t1 > t0:
-            touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
-        qt = tl.load(q + (q_at + n)[None, :] * D + d[:, None], mask=n[None, :] < G, other=0.0)
-        if WIDE:
-            qt = qt.to(tl.float32)
+        full = t0 + (first > t0 * BLOCK).to(tl.int32)
+        full_end = tl.maximum(t1 - (end < t1 * BLOCK).to(tl.int32), full)
+        q_tile = q + (q_at + n)[None, :] * D + d[:, None]
+        if EARLY > 0:
+            loaded_first = tl.minimum(full_end, full + EARLY)
+            early = (i == 0) & (full < full_end) & (loaded_first * BLOCK <= end - unsettled_tokens)
+            # As bf16, which holds every code: a loop takes FP8 along byte by byte.
+            qt = tl.zeros([D, N], tl.bfloat16)
+            if early == 0:
+                if PDL:
+                    gdc_wait()
+                if not INTERPRETED and t1 > t0:
+                    touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
+                qt = load_query(q_tile, n < G)
+        else:
+            if TMA and not INTERPRETED and t1 > t0:
+                touch_pages(table, t0 // PER_PAGE, (t1 - 1) // PER_PAGE)
+            qt = load_query(q_tile, n < G)
         score_scale = scale * tl.load(k_scale + head)
         if TMA:
             unscale = tl.load(v_scale + head)
@@ -254,9 +223,7 @@ def decode_kernel(
         m = tl.full([N], float("-inf"), tl.float32)
         l = tl.zeros([BLOCK, N], tl.float32)
         acc = tl.zeros([D, N], tl.float32)
-        full = t0 + (first > t0 * BLOCK).to(tl.int32)
-        full_end = tl.maximum(t1 - (end < t1 * BLOCK).to(tl.int32), full)
-        for t in tl.range(full, full_end, num_stages=STAGES):
+        for t in tl.range(full, full_end, num_stages=STAGES, disable_licm=EARLY > 0):
             if TMA:
                 page = tl.load(table + t // PER_PAGE)
                 part = t % PER_PAGE * BLOCK
@@ -269,7 +236,12 @@ def decode_kernel(
                 k = tl.load((origin + inner * D)[:, None] + k_at)
             if WIDE:
                 k = k.to(tl.float32)
-            p, rescale, m, l = soften(qt, k, m, l, score_scale, None, False)
+            if EARLY > 0:
+                if early & (t == full):  # this block and the next are on their way
+                    if PDL:
+                        gdc_wait()
+                    qt = load_query(q_tile, n < G)
+            p, rescale, m, l = soften(qt.to(k.dtype), k, m, l, score_scale, None, False)
             if TMA:
                 v = tl.reshape(v_box.load([page, v_row, part]), [D, BLOCK])
             else:
@@ -290,7 +262,7 @@ def decode_kernel(
                 k = k.to(tl.float32)
             position = t * BLOCK + tl.arange(0, BLOCK)
             visible = (position >= first) & (position < end)
-            p, rescale, m, l = soften(qt, k, m, l, score_scale, visible, True)
+            p, rescale, m, l = soften(qt.to(k.dtype), k, m, l, score_scale, visible, True)
             if TMA:
                 v = tl.reshape(v_box.load([page, v_row, part]), [D, BLOCK])
             else:

@@ -167,6 +167,7 @@ class DecodePlan:
     partial_out: torch.Tensor = field(repr=False)
     partial_lse: torch.Tensor = field(repr=False)
     arena: torch.Tensor = field(repr=False)
+    unsettled_tokens: int
 
     @property
     def max_pieces(self) -> int:
@@ -220,6 +221,7 @@ def plan_decode(
     sm_count: int | None = None,
     scratch: torch.Tensor | None = None,
     config: DecodeConfig | None = None,
+    unsettled_tokens: int | None = None,
 ) -> DecodePlan:
     """Plan one decode step over the view's stored tokens.
 
@@ -234,6 +236,10 @@ def plan_decode(
         :func:`kernels.config.decode_scratch_bytes`; allocated when None.
     config : DecodeConfig, optional
         Instead of :func:`kernels.config.decode_config`'s choice.
+    unsettled_tokens : int, optional
+        A promise, which saves 1 us a layer: of each sequence only so many of the newest tokens may
+        still be written by the kernel that is launched right before; older ones, the page table and
+        the scales were there before it started. By default nothing is promised.
 
     Raises
     ------
@@ -265,6 +271,7 @@ def plan_decode(
         partial_out=out,
         partial_lse=lse,
         arena=view.arena,
+        unsettled_tokens=MAX_TOKENS if unsettled_tokens is None else unsettled_tokens,
     )
 
 

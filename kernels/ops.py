@@ -69,14 +69,17 @@ def append_codes_run(
 
 
 def plan_decode(
-    view: View, sm_count: int | None = None, scratch: torch.Tensor | None = None
+    view: View,
+    sm_count: int | None = None,
+    scratch: torch.Tensor | None = None,
+    unsettled_tokens: int | None = None,
 ) -> Any:  # noqa: ANN401
     """Plan one decode step of a batch; the plan serves every layer of the view's group."""
     if _on_host(view):
         return _host().plan_decode(view, sm_count, scratch)
     from kernels.decode_plan import plan_decode as plan
 
-    return plan(view, sm_count, scratch)
+    return plan(view, sm_count, scratch, unsettled_tokens=unsettled_tokens)
 
 
 def decode(

@@ -16,6 +16,12 @@ from harness.sizes import GIB
 GPU_UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE_BYTES = 149_557_477_376
 CONTEXTS = (100_000, 1_000_000, 5_000_000, 10_000_000)
+SAMPLED = {
+    "decode": "attention_decode_step_ms",
+    "prefill": "attention_prefill_chunk_ms",
+    "decode_all_ranks": "parallel_decode_step_ms",
+    "collectives": "collective_ms",
+}
 SUMMARY: dict[str, Any] = {
     "schema": 1,
     "strategies": {
@@ -228,11 +234,10 @@ def write_run(
     folder.mkdir(parents=True)
     _csv(folder / "trials.csv", COLUMNS, rows)
     _csv(folder / "timeline.csv", TIMELINE_COLUMNS, [e for r in rows for e in events(r)])
-    times = {"decode": "attention_decode_step_ms", "prefill": "attention_prefill_chunk_ms"}
     raw = [
-        {"trial_id": r["trial_id"], "what": what, "ms": [r[column]] * 10}
+        {"trial_id": r["trial_id"], "rank": r["rank"], "what": what, "ms": _ten(r, column)}
         for r in rows
-        for what, column in times.items()
+        for what, column in SAMPLED.items()
         if r[column]
     ]
     (folder / "samples.jsonl").write_text("".join(json.dumps(s) + "\n" for s in raw))
@@ -240,6 +245,12 @@ def write_run(
     (folder / "manifest.json").write_text(json.dumps(MANIFEST | manifest))
     (folder / "config.yaml").write_text("model:\n  name: report\nseed: 0\n")
     return folder
+
+
+def _ten(row: dict[str, Any], column: str) -> list[float]:
+    """Ten timings of a row's median and interquartile range."""
+    half = (row.get(f"{column}_iqr") or 0.0) / 2
+    return [row[column] - half] * 5 + [row[column] + half] * 5
 
 
 def _csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:

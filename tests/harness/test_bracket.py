@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.bracket import close_bracket, resolution
+from harness.bracket import close_bracket, confirm_bracket, resolution
 
 CHUNK = 2816
 LARGEST = 10_000_000
@@ -90,3 +90,30 @@ def test_width_at_which_a_bracket_is_closed():
     assert resolution(5_000_000, CHUNK) == 5_000  # 0.1 %
     assert resolution(1_000_000, CHUNK) == CHUNK
     assert resolution(0, 0) == 1
+
+
+@given(
+    boundary=st.integers(1, LARGEST - 1),
+    guess=st.integers(1, LARGEST),
+    fickle=st.integers(0, 5 * CHUNK),
+    repeats=st.integers(1, 3),
+    seed=st.randoms(use_true_random=False),
+)
+def test_a_context_that_starts_only_now_and_then_is_not_ok(boundary, guess, fickle, repeats, seed):
+    said = {}
+
+    def test(tokens, repeat):
+        sure = tokens <= boundary - fickle
+        answer = "ok" if sure or (tokens <= boundary and seed.random() < 0.5) else "oom"
+        return said.setdefault((tokens, repeat), answer)
+
+    found = confirm_bracket(test, repeats, guess, CHUNK, 1, LARGEST)
+    for end in (found.ok, found.not_ok):
+        assert end is None or all((end, repeat) in said for repeat in range(repeats))
+    if found.ok is not None:
+        assert all(said[found.ok, repeat] == "ok" for repeat in range(repeats))
+        assert found.ok <= boundary
+    if found.not_ok is not None:
+        assert "oom" in [said[found.not_ok, repeat] for repeat in range(repeats)]
+        assert found.not_ok > boundary - fickle
+    assert found.closed(CHUNK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 
@@ -188,6 +189,22 @@ def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
     assert lines.count(["tree", "fail"]) == lines.count(["tree", "pass"]) == 1
 
 
+@pytest.mark.parametrize("end", ["ok", "not_ok"])
+def test_only_the_upper_end_may_end_both_ways(tmp_path, end):
+    rows = sweep() + bracket()
+    point = SUMMARY["strategies"]["static"]["startup"]
+    at = [r for r in rows if r["purpose"] == "bracket" and r["context_tokens"] == point[end]]
+    assert len(at) == 2 and at[0]["status"] == at[1]["status"]
+    like = {r["context_tokens"]: r for r in rows if r["purpose"] == "bracket"}
+    other = like[point["not_ok" if end == "ok" else "ok"]]
+    at[1] |= {k: other[k] for k in ("status", "oom_phase", "admitted")}
+    found = check_run(load_run(write_run(tmp_path / "run", rows, SUMMARY)))["brackets"]
+    if end == "ok":
+        assert found.outcome == "fail" and "ended both ways" in found.reason
+    else:
+        assert found.outcome == "pass" and "was also granted once" in found.reason
+
+
 def test_an_item_that_is_named_excuses_the_planner(tmp_path):
     rows = sweep() + bracket()
     row = first_ok(rows)
@@ -313,3 +330,69 @@ def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):
     assert failures(folder) == {"samples"}
     path.unlink()
     assert failures(folder) == {"samples"}
+
+
+def test_a_spread_that_its_samples_do_not_have_fails(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "samples.jsonl"
+    first, *rest = map(json.loads, path.read_text().splitlines())
+    assert first["what"] == "decode"
+    first["ms"] = [sum(first["ms"]) / 10] * 10
+    path.write_text("".join(json.dumps(s) + "\n" for s in (first, *rest)))
+    assert failures(folder) == {"samples"}
+
+
+PARALLEL = {
+    "parallel_decode_step_ms": 3.0,
+    "parallel_decode_step_ms_iqr": 0.5,
+    "parallel_decode_samples": 10,
+    "collective_ms": 1.0,
+    "collective_ms_iqr": 0.25,
+    "collective_samples": 10,
+}
+
+
+def of_two_ranks():
+    """Rows of a timed sweep on two ranks; collectives last longer on the second."""
+    rows = []
+    for row in sweep(1):
+        for rank in range(2):
+            timed = PARALLEL | {"collective_ms": 1.0 + rank} if row["status"] == "ok" else {}
+            rows.append(row | timed | {"rank": rank, "world_size": 2, "gpu_uuid": f"GPU-{rank}"})
+    return rows
+
+
+def test_times_with_collectives_are_held_to_the_samples_of_their_rank(tmp_path):
+    folder = write_run(tmp_path / "run", of_two_ranks())
+    found = check_run(load_run(folder))["samples"]
+    count = sum(r["status"] == "ok" for r in of_two_ranks())
+    assert found.outcome == "pass"
+    assert f"{count} decode all ranks, {count} collectives" in found.reason
+    path = folder / "samples.jsonl"
+    raw = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(s | {"rank": 1 - s["rank"]}) + "\n" for s in raw))
+    found = check_run(load_run(folder))["samples"]
+    assert found.outcome == "fail" and "collectives times do not follow" in found.reason
+
+
+@pytest.mark.parametrize("column", PARALLEL)
+def test_a_figure_of_collectives_that_is_not_its_samples_fails(tmp_path, column):
+    folder = write_run(tmp_path / "run", of_two_ranks())
+    rows = [r | {column: r[column] * 2 if r[column] else None} for r in of_two_ranks()]
+    samples = (folder / "samples.jsonl").read_text()
+    other = write_run(tmp_path / "other", rows)
+    (other / "samples.jsonl").write_text(samples)
+    assert check_run(load_run(other))["samples"].outcome == "fail"
+
+
+def test_a_folder_written_before_collectives_had_a_spread_is_sound(tmp_path):
+    later = [c for c in PARALLEL if c not in ("parallel_decode_step_ms", "collective_ms")]
+    rows = [r | dict.fromkeys(later) for r in of_two_ranks()]
+    folder = write_run(tmp_path / "run", rows)
+    path = folder / "trials.csv"
+    header, *lines = (line.split(",") for line in path.read_text().splitlines())
+    kept = [n for n, name in enumerate(header) if name not in later]
+    assert len(kept) == len(header) - 4
+    path.write_text("\n".join(",".join(line[n] for n in kept) for line in (header, *lines)) + "\n")
+    results = check_run(load_run(folder))
+    assert {results[name].outcome for name in ("schema", "samples")} == {"pass"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from omegaconf import OmegaConf
@@ -203,3 +204,10 @@ def test_a_number_is_repeated_as_it_was_typed(error, words, value):
 def test_arms_that_are_none(word):
     with pytest.raises(BadValue):
         settings_of_command([HOST, word], False)
+
+
+def test_threads_may_compose_at_once():
+    words = [[f"context={n}K"] for n in range(1, 9)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(compose_config, words))
+    assert [c.context for c in found] == [f"{n}K" for n in range(1, 9)]

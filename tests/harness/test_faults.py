@@ -34,6 +34,7 @@ def test_a_trial_s_death_is_its_row(died):
     for fault, name in (("segfault", "SIGSEGV"), ("kill", "SIGKILL")):
         row = found[fault]
         assert (row["status"], row["signal"]) == ("crash", name)
+        assert row["error"] == f"killed by signal {int(signal.Signals[name])} ({name})"
         assert row["oom_phase"] == "pool"  # the last that its ledger said
         assert row["peak_device_bytes"] > 0 and row["predicted_off_by"] is None
         assert not any(row[c] is not None for c in PERFORMANCE)

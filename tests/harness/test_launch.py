@@ -34,6 +34,44 @@ def test_a_folder_that_is_taken_away_ends_the_trial_and_is_said(tmp_path):
     until(lambda: not processes_of(scratch), seconds=30)
 
 
+NOISE = "FutureWarning: something is deprecated\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "rank", "signal", "error"),
+    [
+        (-9, NOISE, 1, "SIGKILL", "rank 1 was killed by signal 9 (SIGKILL)"),
+        (-11, NOISE, None, "SIGSEGV", "killed by signal 11 (SIGSEGV)"),
+        (-35, NOISE, 0, "SIG35", "rank 0 was killed by signal 35 (SIG35)"),
+        (
+            -6,
+            "terminate called\n  what():  no route\n",
+            2,
+            "SIGABRT",
+            "rank 2 was killed by signal 6 (SIGABRT): what(): no route",
+        ),
+        (1, NOISE + "ImportError: no torch\n", 1, None, "ImportError: no torch"),
+    ],
+)
+def test_what_a_signal_ended_says_so(code, log, rank, signal, error):
+    ended = launch.how_it_ended(job(), code, False, [], log, rank)
+    assert (ended["status"], ended.get("signal"), ended["error"]) == ("crash", signal, error)
+
+
+def test_what_a_trial_said_itself_goes_before_its_log():
+    said = [{"type": "error", "error": "RuntimeError: mine"}]
+    assert launch.how_it_ended(job(), 1, False, said, NOISE)["error"] == "RuntimeError: mine"
+
+
+def test_the_host_s_memory_is_named_where_its_killer_struck(monkeypatch):
+    monkeypatch.setattr(launch, "oom_kills", lambda: 4)
+    ended = launch.how_it_ended(job(), -9, False, [{"type": "began", "oom_kills": 3}], NOISE, 1)
+    assert ended["status"] == "oom_host"
+    assert ended["error"] == (
+        "rank 1 was killed by signal 9 (SIGKILL), as the host ran out of memory"
+    )
+
+
 def test_a_trial_ends_with_what_it_started():
     program = "import subprocess, sys; subprocess.Popen(['sleep', '600']); print('on'); input()"
     process = subprocess.Popen(

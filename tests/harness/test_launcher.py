@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib.util
 import json
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import ConfigCompositionException
 
 from harness import cluster, lock
 from harness.cluster import first_free, split_words
@@ -23,13 +29,12 @@ GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 0, 132, 0, "GPU-a")
 
 
 @pytest.mark.beside
-@pytest.mark.parametrize(
-    ("launcher", "plugin"),
-    [("processes", "hydra_joblib_launcher"), ("submitit", "hydra_submitit_launcher")],
-)
-def test_jobs_of_a_sweep_land_in_one_folder(launcher, plugin, tmp_path):
-    pytest.importorskip(f"hydra_plugins.{plugin}")
+@pytest.mark.parametrize("launcher", ["processes", "submitit", "ray_cluster"])
+def test_jobs_of_a_sweep_land_in_one_folder(launcher, tmp_path):
+    pytest.importorskip(f"hydra_plugins.{cluster.PLUGINS[launcher][0]}")
     words = [*SWEEP, f"results={tmp_path / 'runs'}", f"hydra/launcher={launcher}"]
+    if launcher == "ray_cluster":
+        words += [f"hydra.launcher.ray.remote.{what}" for what in ("num_cpus=1", "num_gpus=0")]
     process = start(["-m", "harness", *words], tmp_path)
     said = process.communicate(timeout=LIMIT_SECONDS)[0]
     assert process.returncode == 0, said
@@ -99,6 +104,67 @@ def test_every_launcher_has_a_file_and_no_user_sets_its_class():
     assert names == set(cluster.PLUGINS) - {"basic"}
     with pytest.raises(BadValue):
         compose_config(["hydra.launcher._target_=os.system"])
+
+
+@dataclass
+class Ray:
+    """What the Ray plugin's own schema has, both of any keys."""
+
+    init: dict[str, Any] = field(default_factory=dict)
+    remote: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class RayLauncher:
+    """Stands in for the plugin's ``hydra/launcher=ray``, on which ours is built."""
+
+    _target_: str = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+    ray: Ray = field(default_factory=Ray)
+
+
+def launcher_of(name, *words):
+    """The launcher's part of a job's configuration, as Hydra composes it."""
+    with initialize_config_dir(str(cluster.conf_dir()), version_base="1.3"):
+        own = ["folder=here", f"hydra/launcher={name}", *words]
+        return compose("cluster", own, return_hydra_config=True).hydra.launcher
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray's launcher: the plugin's own schema where it is installed, else its stand-in."""
+    if importlib.util.find_spec("hydra_plugins.hydra_ray_launcher") is None:
+        store = ConfigStore.instance()
+        monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
+        store.store(group="hydra/launcher", name="ray", node=RayLauncher)
+
+
+def test_the_launcher_of_ray_composes_without_ray(ray):
+    made = launcher_of("ray_cluster")
+    assert made._target_ == RayLauncher._target_
+    assert made.ray.init.address is None
+    assert made.ray.remote == {"num_cpus": 8, "num_gpus": 1}
+
+
+def test_every_key_of_ray_s_launcher_that_the_documents_name_can_be_set(ray):
+    words = ("hydra.launcher.ray.init.address=auto", "hydra.launcher.ray.remote.num_gpus=0")
+    made = launcher_of("ray_cluster", *words)
+    assert (made.ray.init.address, made.ray.remote.num_gpus) == ("auto", 0)
+    with pytest.raises(ConfigCompositionException, match="rey"):
+        launcher_of("ray_cluster", "hydra.launcher.rey.init.address=auto")
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "key", "value"),
+    [
+        ("slurm", ("hydra.launcher.partition=gpu",), "partition", "gpu"),
+        ("slurm", ("hydra.launcher.gpus_per_node=8",), "gpus_per_node", 8),
+        ("submitit", (), "timeout_min", 120),
+        ("processes", ("hydra.launcher.n_jobs=4",), "n_jobs", 4),
+    ],
+)
+def test_the_other_launchers_compose_on_their_plugins(name, words, key, value):
+    pytest.importorskip(f"hydra_plugins.{cluster.PLUGINS[name][0]}")
+    assert launcher_of(name, *words)[key] == value
 
 
 def test_two_jobs_never_share_a_gpu(tmp_path, monkeypatch):

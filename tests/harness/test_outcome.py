@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from harness.outcome import next_command
+from harness.outcome import next_command, warnings
 from tests.harness.composed import made
 
 
@@ -30,6 +30,16 @@ def test_the_engines_are_asked_for_a_context_that_means_something(
     ]
     told = next_command(tmp_path, both)
     assert told == f"python -m harness experiment=root_cause context={context}"
+
+
+def test_a_warning_names_the_rank_that_ended_a_trial():
+    row = {"strategy": "paged", "context_tokens": 64_000, "fill": 0.0, "basis": "scale_model"}
+    row |= {"status": "crash", "signal": "SIGKILL", "oom_phase": "pool"}
+    of_ranks = row | {"failed_rank": 1, "world_size": 2}
+    assert warnings([row, of_ranks]) == [
+        "warning  paged 64K x 0%: crash in pool (SIGKILL)",
+        "warning  paged 64K x 0%: crash on rank 1 in pool (SIGKILL)",
+    ]
 
 
 def test_one_strategy_is_followed_by_both_at_the_same_context(tmp_path):

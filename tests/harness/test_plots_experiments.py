@@ -207,6 +207,17 @@ def test_granularity_holds_other_sizes_while_one_varies():
     ]
 
 
+def test_granularity_names_how_memory_grows_and_when_it_goes_back():
+    first = grain_rows()[0]
+    ahead = {"growth": "ahead", "strategy_options": '{"growth": "ahead", "release": "immediate"}'}
+    late = {"workload": "churn", "strategy_options": '{"growth": "sync", "release": "deferred"}'}
+    assert legend(figure_granularity(frame([first, first | ahead, first | late]))) == [
+        "kernels, synchronous growth",
+        "kernels, mapped ahead",
+        "allocator, churn, synchronous growth, deferred release",
+    ]
+
+
 def test_stalls_of_few_growth_events_are_hollow_and_said_to_be():
     figure = figure_granularity(frame(grain_rows()))
     p99 = figure.axes[2]

@@ -76,6 +76,18 @@ def test_a_bracket_that_started_is_not_ok_for_all():
     assert "  point    ok " in row_line(row_of(settings, admitted="false", purpose="point"))
 
 
+def test_the_rank_that_ended_a_trial_is_named():
+    (settings,) = settings_of("strategy=paged", "parallel.processes=4")
+    asked = {"oom_requested_bytes": 192 << 20, "oom_free_bytes": 0, "oom_allocation": "kv_pages"}
+    oom = row_of(settings, status="oom", failed_rank=3, oom_phase="fill", **asked)
+    assert " oom      on rank 3 in fill: kv_pages asked " in row_line(oom)
+    why = "killed after 4 s: rank 1 had not answered since pool began"
+    late = row_of(settings, status="timeout", failed_rank=1, oom_phase="pool", error=why)
+    assert row_line(late).endswith(f" timeout  on rank 1 in pool: {why}")
+    assert "on rank" not in row_line(late | {"failed_rank": None})
+    assert "on rank" not in row_line(late | {"failed_rank": 0, "world_size": 1})
+
+
 def test_an_engine_itself_is_named_so():
     (settings,) = settings_of("strategy=sglang")
     line = row_line(row_of(settings, engine_version="0.5.12"), "sglang, report")

@@ -10,10 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness import ranks_launch
+from harness.cell import Cell
+from harness.launch import Job
 from harness.ranks import Launched, Place, all_tokens, launched, share_tokens
 from harness.ranks_control import Alone, Control, EndedByPeer
-from harness.ranks_ends import ENDED_BY_PEER, Failure, RankEnd, least_advanced, settle
-from harness.ranks_summary import complete, held_tokens, per_trial, rank_spread
+from harness.ranks_ends import ENDED_BY_PEER, Failure, RankEnd, settle, timed_out
+from harness.ranks_launch import Conductor
+from harness.ranks_summary import complete, held_tokens, per_trial
+from harness.runs import frame, trials
 from harness.sizes import BadValue
 from harness.validate import compose_settings
 from harness.visible_gpus import nvml_key
@@ -182,12 +187,42 @@ def test_a_rank_by_itself_waits_for_nothing():
 def test_the_rank_that_the_others_wait_for_is_the_one_that_hangs():
     ends = [RankEnd(rank) for rank in range(3)]
     for end in ends:
-        end.advance({"type": "stage"})
+        said(end, "stage", "pool")
     for end in (ends[0], ends[2]):
-        end.advance({"type": "join"})
-    assert least_advanced(ends) == 1
-    ends[1].advance({"type": "join"})
-    assert least_advanced(ends) is None
+        said(end, "join", "1 ready")
+    late = timed_out(ends)
+    assert (late.rank, late.status, late.silent) == (1, "timeout", (1,))
+    assert late.said == "rank 1 had not answered since pool began"
+
+
+def test_every_rank_that_has_not_answered_is_named():
+    ends = [RankEnd(rank) for rank in range(4)]
+    for end in ends:
+        said(end, "stage", "nccl")
+    for end in (ends[0], ends[2]):
+        said(end, "stage", "weights")
+    late = timed_out(ends)
+    assert (late.rank, late.silent) == (1, (1, 3))
+    assert late.said == "ranks 1 and 3 had not answered since communicator began"
+
+
+def test_none_of_those_that_came_equally_far_is_blamed():
+    ends = [RankEnd(rank) for rank in range(3)]
+    late = timed_out(ends)
+    assert (late.rank, late.silent) == (None, (0, 1, 2))
+    assert late.said == "ranks 0, 1 and 2 had not answered since the start"
+
+
+def test_the_last_rank_that_runs_is_the_one_that_hangs():
+    end = RankEnd(2)
+    said(end, "stage", "decode")
+    assert timed_out([end]).rank == 2
+
+
+def said(end: RankEnd, kind: str, stage: str) -> None:
+    record = {"type": kind, "stage": stage}
+    end.records.append(record)
+    end.advance(record)
 
 
 def row(rank: int, status: str, tokens: int = 0, **more) -> dict:
@@ -223,9 +258,49 @@ def test_ok_rows_stay_as_they_are():
 
 
 def test_ranks_that_all_hang_time_out_without_one_to_blame():
-    settled = settle([row(0, ENDED_BY_PEER), row(1, ENDED_BY_PEER)], Failure(None, "timeout"))
+    late = {"status": "timeout", "error": "killed after 4 s: ranks 0 and 1 had not answered"}
+    rows = [row(0, ENDED_BY_PEER), row(1, "timeout")]
+    settled = settle(rows, Failure(None, "timeout", silent=(0, 1)), late)
     assert [r["status"] for r in settled] == ["timeout", "timeout"]
+    assert {r["error"] for r in settled} == {late["error"]}
     assert not any(r.get("failed_rank") for r in settled)
+
+
+class Stuck:
+    """A rank that began decode and says no more, until it is killed."""
+
+    def __init__(self) -> None:
+        self.left = [{"type": "stage", "stage": "decode"}]
+        self.ended: int | None = None
+
+    def records(self) -> list[dict]:
+        left, self.left = self.left, []
+        return left
+
+    def send(self, message: dict) -> None:
+        """It hears nothing."""
+
+    def code(self) -> int | None:
+        return self.ended
+
+    def kill(self) -> None:
+        self.ended = -9
+
+    def log(self) -> str:
+        return "FutureWarning: something is deprecated"
+
+
+def test_ranks_that_stop_in_one_collective_are_all_named(monkeypatch):
+    monkeypatch.setattr(ranks_launch, "STOP_GRACE_SECONDS", 0.0)
+    words = ("hardware=scale_model", "parallel.ranks=4", "parallel.processes=3")
+    settings = compose_settings([*words, "trial.timeout_seconds=1"])
+    job = Job([Cell(settings, 1000)])
+    rows = Conductor(job, [Stuck() for _ in range(3)]).run().rows
+    assert {r["status"] for r in rows} == {"timeout"}
+    assert {r["error"] for r in rows} == {
+        "killed after 1 s: ranks 0, 1 and 2 had not answered since decode began"
+    }
+    assert not any(r.get("failed_rank") for r in rows)
 
 
 def test_a_trial_is_its_largest_peak_smallest_share_and_slowest_rank():
@@ -239,17 +314,32 @@ def test_a_trial_is_its_largest_peak_smallest_share_and_slowest_rank():
     assert one["resident_tokens"] == 896
     assert one["attention_decode_step_ms"] == 3.0
     assert one["admitted"] == "false"
-    spread = rank_spread(rows)
-    assert spread["world_size"] == 3
-    assert spread["peak_device_bytes"] == {"of_trial": 30, "smallest": 10, "largest": 30}
-    assert spread["resident_tokens"]["of_trial"] == 896
-    assert rank_spread(rows[:1]) == {}
+
+
+def test_collectives_are_those_of_the_rank_that_is_slowest_in_them():
+    times = ((2.0, 9.0, 4.0), (3.0, 8.0, 5.0))  # attention, collectives, the step with both
+    rows = [
+        row(
+            rank,
+            "ok",
+            attention_decode_step_ms=attention,
+            collective_ms=collective,
+            collective_ms_iqr=collective / 8,
+            parallel_decode_step_ms=step,
+            parallel_decode_step_ms_iqr=step / 8,
+        )
+        for rank, (attention, collective, step) in enumerate(times)
+    ]
+    columns = ("attention_decode_step_ms", "collective_ms", "collective_ms_iqr")
+    columns += ("parallel_decode_step_ms", "parallel_decode_step_ms_iqr")
+    for one in (per_trial(rows)[0], trials(frame(rows)).iloc[0]):
+        assert tuple(one[c] for c in columns) == (3.0, 9.0, 1.125, 5.0, 0.625)
 
 
 def test_a_failed_trial_is_told_by_the_rank_that_ended_it():
     rows = [row(0, "oom", 9, failed_rank=1), row(1, "oom", 5, failed_rank=1, oom_phase="fill")]
     assert per_trial(rows)[0]["rank"] == 1
-    assert rank_spread(rows)["failed_ranks"] == [1]
+    assert trials(frame(rows)).iloc[0]["rank"] == 1
 
 
 def test_a_trial_of_which_a_rank_is_missing_is_run_again():

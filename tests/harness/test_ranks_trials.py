@@ -56,6 +56,7 @@ def test_kill_9_of_a_rank_ends_all(phase, tmp_path):
     rows = rows_of(ranks(2, "fault.kind=kill", f"fault.phase={phase}", "fault.rank=1"), tmp_path)
     assert [r["status"] for r in rows] == ["crash", "crash"]
     assert rows[1]["signal"] == "SIGKILL"
+    assert rows[1]["error"] == "rank 1 was killed by signal 9 (SIGKILL)"
     assert rows[1]["oom_phase"] == phase
     assert rows[0].get("signal") is None
     assert {r["failed_rank"] for r in rows} == {1}
@@ -68,7 +69,7 @@ def test_a_rank_that_hangs_is_named(tmp_path):
     rows = rows_of(ranks(4, *fault), tmp_path)
     assert [r["status"] for r in rows] == ["timeout"] * 4
     assert {r["failed_rank"] for r in rows} == {1}
-    assert rows[1]["error"] == "killed after 4 s"
+    assert rows[1]["error"] == "killed after 4 s: rank 1 had not answered since pool began"
     assert rows[0]["error"].startswith("ended by rank 1: timeout in pool")
     assert processes_about(tmp_path) == []
 

@@ -104,6 +104,20 @@ def test_one_number_of_ranks_makes_no_table():
     assert scaling_table([planned("report", "tp", 8)]) == ""
 
 
+def test_times_are_told_with_their_spread():
+    whole = planned("report", "tp", 8) | {"status": "ok", "purpose": "point"}
+    times = {
+        "attention_decode_step_ms": 2.0,
+        "attention_decode_step_ms_iqr": 0.25,
+        "collective_ms": 1.0,
+        "collective_ms_iqr": 0.125,
+        "parallel_decode_step_ms": 3.5,  # a row of before there was a spread
+    }
+    rows = [whole | times, planned("report", "context", 8)]
+    (line,) = [s for s in scaling_table(rows).splitlines() if "(0.250)" in s]
+    assert " ".join(line.split()).endswith(" 2.000 (0.250) 1.000 (0.125) 3.500")
+
+
 def test_collectives_are_timed_and_merged_outputs_checked(tmp_path):
     cell = ranks(2, "parallel=context", "trial.max_samples=2", "context=4K", timing=True, fill=1.0)
     rows = rows_of(cell, tmp_path)
@@ -111,8 +125,10 @@ def test_collectives_are_timed_and_merged_outputs_checked(tmp_path):
     sizes = rows[0]["sequences"] * 4 * (64 + 1) * 4  # outputs and LSE of 4 query heads, float32
     for row in rows:
         assert row["merged_gate_error"] < 1e-3
-        assert row["collective_ms"] > 0
-        assert row["parallel_decode_step_ms"] > 0
+        for what in ("collective", "parallel_decode_step"):
+            assert row[f"{what}_ms"] > 0
+            assert row[f"{what}_ms_iqr"] >= 0
+        assert row["collective_samples"] == row["parallel_decode_samples"] == 3
         assert row["collective_bytes"] == sizes
         assert row["resident_tokens_all_ranks"] == 4000
     assert [r["resident_tokens"] for r in rows] == [2048, 1952]

@@ -48,6 +48,12 @@ def test_bracket_of_answers(boundary, points):
     assert found["limited_by"] == ("oom" if bad else "" if lost else "sweep_end")
 
 
+def test_what_failed_once_is_not_ok():
+    answers = [(5, "ok"), (7, "ok"), (7, "oom"), (7, ""), (9, "refused"), (9, "ok")]
+    assert bracket(answers) == {"ok": 5, "not_ok": 7, "limited_by": "oom"}
+    assert bracket(reversed(answers)) == bracket(answers)
+
+
 def test_what_a_trial_that_died_would_have_said_is_unknown():
     assert bracket([(5, "ok"), (9, "")]) == {"ok": 5, "not_ok": None, "limited_by": ""}
     rows = [cell("paged", 2_000_000, 1.0), cell("paged", 5_000_000, 1.0, status="timeout")]

@@ -36,6 +36,52 @@ def test_every_point_has_a_line_and_bracket_trials_are_counted():
     assert sum(int(row[0]) for row in folded.rows) == len(sweep())
 
 
+def of_ranks(status, **ended):
+    """Rows of two ranks of one trial that rank 1 ended, holding less than rank 0."""
+    row = cell("paged", 10_000_000, 1.0, **dict.fromkeys(OOM_BYTES), **ended)
+    row |= {"status": status, "world_size": 2, "failed_rank": 1}
+    other = {"error": f"ended by rank 1: {status}", "peak_device_bytes": 2 << 30}
+    return [row | other | {"rank": 0}, row | {"rank": 1, "resident_tokens": 7}]
+
+
+OOM_BYTES = ("oom_requested_bytes", "oom_free_bytes")
+
+
+def test_a_trial_of_ranks_is_told_by_the_one_that_ended_it():
+    rows = of_ranks("crash", oom_phase="pool", error="rank 1 was killed by signal 9 (SIGKILL)")
+    table = tables.sweep(frame(rows), each=True)
+    (line,) = table.rows
+    assert dict(zip(table.headings, line, strict=True))["failed rank"] == "1"
+    assert "7" in line
+    assert table.notes[0] == (
+        "paged at 10M, fill 100 %: crash on rank 1 in pool/kv_pages: "
+        "rank 1 was killed by signal 9 (SIGKILL)."
+    )
+
+
+def test_ranks_of_which_none_is_to_blame_are_told_too():
+    why = "killed after 4 s: ranks 0 and 1 had not answered since decode began"
+    rows = [r | {"failed_rank": None, "error": why} for r in of_ranks("timeout")]
+    table = tables.sweep(frame(rows))
+    assert "failed rank" not in table.headings
+    assert f": {why}." in table.notes[0]
+
+
+def test_repeats_that_other_ranks_ended_have_lines_of_their_own():
+    rows = [
+        r | {"repeat": n, "trial_id": f"t{n}", "failed_rank": n, "oom_phase": "fill"}
+        for n in range(2)
+        for r in of_ranks("oom")
+    ]
+    table = tables.sweep(frame(rows))
+    at = table.headings.index("failed rank")
+    assert [line[at] for line in table.rows] == ["0", "1"]
+
+
+def test_a_run_of_one_rank_has_no_column_of_ranks():
+    assert "failed rank" not in tables.sweep(frame(sweep())).headings
+
+
 def test_oom_points_show_brackets_and_what_ended_them():
     text = tables.oom_points_table(SUMMARY)
     assert "5,800,000" in text and "5,802,816" in text

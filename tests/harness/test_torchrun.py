@@ -39,7 +39,21 @@ def test_only_rank_0_speaks(nodes):
 def test_summary_tells_the_spread_of_the_ranks(nodes):
     *_, folder = nodes
     summary = json.loads((run_folder(folder / "runs") / "summary.json").read_text())
-    assert summary["strategies"]["paged"]["ranks"]["world_size"] == 2
+    ranks = summary["strategies"]["paged"]["ranks"]
+    assert ranks["world_size"] == 2
+    assert ranks["failed_ranks"] == []
+    rows = load_run(run_folder(folder / "runs")).rows
+    assert ranks["largest_peak"]["peak_device_bytes"] == rows["peak_device_bytes"].max()
+    apart = ranks["spread"]["startup_seconds"]
+    assert apart["smallest"] == rows["startup_seconds"].min()
+    assert apart["largest"] == rows["startup_seconds"].max()
+
+
+def test_the_report_has_a_table_of_ranks(nodes):
+    *_, folder = nodes
+    said = (run_folder(folder / "runs") / "report.md").read_text().partition("\n## Ranks\n")[2]
+    assert "| paged | largest peak |" in said
+    assert "| paged | slowest start |" in said
 
 
 def test_no_process_is_left(nodes):
@@ -57,5 +71,6 @@ def test_kill_9_of_a_rank_under_torchrun(tmp_path):
     rows = load_run(run_folder(tmp_path / "runs")).rows.sort_values("rank")
     assert list(rows["status"]) == ["crash", "crash"]
     assert list(rows["signal"]) == ["", "SIGKILL"]
+    assert rows["error"].iloc[1] == "rank 1 was killed by signal 9 (SIGKILL)"
     assert set(rows["failed_rank"]) == {1}
     assert processes_about(tmp_path) == []

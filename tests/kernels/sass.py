@@ -57,11 +57,20 @@ class Compiled:
     log: str
     ptx: str = field(repr=False)
     code: bytes = field(repr=False)  # its instructions, 16 bytes each
-    opcodes: Counter[str] = field(default_factory=Counter, repr=False)  # filled by disassemble()
+    listing: list[str] = field(default_factory=list, repr=False)  # filled by disassemble()
+
+    @property
+    def opcodes(self) -> Counter[str]:
+        """How often each instruction stands in it, by its name with modifiers."""
+        return Counter(self.listing)
+
+    def places(self, opcode: str) -> list[int]:
+        """Where instructions named ``opcode``, with any modifiers, stand."""
+        return [i for i, name in enumerate(self.listing) if name.split(".")[0] == opcode]
 
     def count(self, opcode: str) -> int:
         """Instructions whose name is ``opcode``, with any modifiers: ``count("QGMMA")``."""
-        return sum(n for name, n in self.opcodes.items() if name.split(".")[0] == opcode)
+        return len(self.places(opcode))
 
     @property
     def warnings(self) -> list[str]:
@@ -82,7 +91,7 @@ def _code(cubin: bytes) -> bytes:
 
 
 def disassemble(kernels: list[Compiled]) -> None:
-    """Count the instructions of each kernel, reading all of them in one go."""
+    """List the instructions of each kernel, reading all of them in one go."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".raw") as file:
         file.write(b"".join(kernel.code for kernel in kernels))
@@ -97,7 +106,7 @@ def disassemble(kernels: list[Compiled]) -> None:
     at = 0
     for kernel in kernels:
         end = at + len(kernel.code) // 16
-        kernel.opcodes = Counter(found[at:end])
+        kernel.listing = found[at:end]
         at = end
 
 

@@ -111,6 +111,70 @@ def check_repeatable(device):
     assert torch.equal(out, again) and torch.equal(lse, again_lse)
 
 
+def check_promise(device):
+    """Loads that start early bring the same bits, however many tokens are still to come."""
+    from kernels.decode import decode
+    from kernels.decode_plan import plan_decode
+
+    geometry = Geometry(1, 1, 5, 128)
+    case = random_case(geometry, (1, 128, 700, 1285), starts=(0, 0, 130, 0), device=device)
+    q = random_q(geometry, 4, device=device)
+    want, want_lse = decode(case.view, 0, q, plan_decode(case.view, SM_COUNT))
+    for tokens in (0, 1, 128, 600, 2000):
+        plan = plan_decode(case.view, SM_COUNT, unsettled_tokens=tokens)
+        out, lse = decode(case.view, 0, q, plan)
+        assert torch.equal(out, want) and torch.equal(lse, want_lse)
+
+
+def newest_tokens_are_seen(geometry, first, steps):
+    """Append and decode in one CUDA graph, a token a step, each layer after its append.
+
+    Every decode is launched while its append may still run, with the promise that one token is
+    unsettled; pages begin and end on the way.
+    """
+    from kernels.append import append
+    from kernels.decode import decode
+    from kernels.decode_plan import plan_decode
+
+    rows = len(first)
+    case = random_case(geometry, [n + steps for n in first], device="cuda")
+    view, kept = case.view, case.view.arena.clone()
+    shape = (steps, geometry.layers, rows, geometry.kv_heads, geometry.head_dim)
+    generator = torch.Generator("cuda").manual_seed(11)
+    k, v = (torch.randn(shape, device="cuda", generator=generator).bfloat16() for _ in range(2))
+    q = random_q(geometry, rows, device="cuda")
+    at = torch.arange(rows, dtype=torch.int32, device="cuda")
+    calls, found = [], []
+    for step in range(steps):
+        lengths = [n + step + 1 for n in first]
+        seen = dataclasses.replace(view, lengths_host=tuple(lengths))
+        plan = plan_decode(seen, unsettled_tokens=1)
+        positions = torch.tensor(lengths, device="cuda") - 1
+        for layer in range(geometry.layers):
+            out = torch.full(q.shape, torch.nan, device="cuda")
+            lse = torch.full(q.shape[:2], torch.nan, device="cuda")
+            calls.append((seen, layer, step, positions, plan, out, lse))
+
+    def run():
+        for seen, layer, step, positions, plan, out, lse in calls:
+            append(seen, layer, k[step, layer], v[step, layer], at, positions)
+            decode(seen, layer, q, plan, out, lse)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    view.arena.copy_(kept)
+    graph.replay()
+    torch.cuda.synchronize()
+    for seen, layer, _, _, _, out, lse in calls:
+        want, want_lse = decode(seen, layer, q, plan_decode(seen))
+        torch.cuda.synchronize()
+        found.append(torch.equal(out, want) and torch.equal(lse, want_lse))
+    assert all(found)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted(name, interpreter):
     interpreter(check_decode, *CASES[name], "cpu")
@@ -128,6 +192,10 @@ def test_interpreted_is_repeatable(interpreter):
     interpreter(check_repeatable, "cpu")
 
 
+def test_interpreted_promise(interpreter):
+    interpreter(check_promise, "cpu")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("sm_count", [SM_COUNT, None], ids=["few programs", "all"])
@@ -140,6 +208,15 @@ def test_on_gpu_needle_empty_repeatable():
     check_needle("cuda")
     check_empty("cuda")
     check_repeatable("cuda")
+    check_promise("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("geometry", [Geometry(3, 1, 5, 128), Geometry(2, 2, 8, 128, "bf16")],
+                         ids=["fp8", "bf16"])  # fmt: skip
+@pytest.mark.parametrize("first", [(120,), (1016, 380, 90), (130_680,)], ids=str)
+def test_on_gpu_newest_tokens_are_seen(geometry, first):
+    newest_tokens_are_seen(geometry, first, steps=12)
 
 
 def test_bad_queries_are_refused():
