@@ -42,6 +42,15 @@ def _pool_bytes(row: Row) -> int:
     return int(row["oom_requested_bytes"]) if row["oom_phase"] == "pool" else 0
 
 
+def _pool_tokens(row: Row) -> int:
+    """Tokens that SGLang's pool has room for: all but a page, which takes what is padding.
+
+    ``srt/mem_cache/memory_pool.py:895-918`` of 0.5.12.post1: buffers of ``size + page_size``.
+    """
+    tokens: int = round(_pool_bytes(row) / row["kv_bytes_per_token"])
+    return tokens - int(option(row, "page_size") or 1)
+
+
 def _short_and_long(rows: list[Row]) -> list[tuple[Row, Row]]:
     """Every start at a short context beside every one at 10M, where both say how large a pool."""
     own = [r for r in rows if _pool_bytes(r)]
@@ -69,15 +78,20 @@ def sglang_pool_by_context(evidence: Evidence) -> Verdict:
     if abs(farthest - 1.0) > SAME_POOL:
         text = "the pool's size changes with context, but not in proportion"
         return Verdict(CONDITIONAL, text, rows, round(farthest, 4))
-    tokens = sorted(
-        {(token_kib(t), round(_pool_bytes(t) / t["kv_bytes_per_token"])) for _, t in pairs}
+    sizes: dict[float, set[int]] = {}
+    for short, long in pairs:
+        both = {_pool_tokens(short), _pool_tokens(long)}
+        sizes[token_kib(long)] = sizes.get(token_kib(long), set()) | both
+    pools = ", ".join(
+        f"{' and '.join(f'{n:,}' for n in sorted(sizes[kib]))} tokens at {kib:g} KiB a token"
+        for kib in sorted(sizes)
     )
-    pools = ", ".join(f"{n:,} tokens at {kib:g} KiB a token" for kib, n in tokens)
+    alike = "the same" if all(ratio == 1 for ratio in ratios) else "alike"
     after = max(gib_of(t, "tables_bytes") for _, t in pairs)
     before = max(gib_of(s, "tables_bytes") for s, _ in pairs)
     failing = sorted({str(t["oom_allocation"]) for _, t in pairs if not starts(t)})
     text = (
-        f"the pool made at {SHORT_CONTEXT:,} and the one asked for at 10M are the same ({pools}); "
+        f"the pool made at {SHORT_CONTEXT:,} and the one asked for at 10M are {alike} ({pools}); "
         f"what grows with the context is the request-to-token table: all tables together take "
         f"{before:.2f} GiB, then {after:.2f}"
     )
@@ -174,8 +188,7 @@ def few_requests_start(evidence: Evidence) -> Verdict:
         return Verdict(REFUTED, text, tuple(few + default), "does not decide it")
     short = sorted(
         {
-            f"{token_kib(r):g} KiB a token (room for "
-            f"{r['kv_reserved_bytes'] // r['kv_bytes_per_token']:,})"
+            f"{token_kib(r):g} KiB a token (room for {_pool_tokens(r):,})"
             for r in few
             if not admits(r)
         }

@@ -36,20 +36,21 @@ def graphs_off(evidence: Evidence) -> Verdict:
     pairs = next(filter(_can_decide, kinds), [])
     if not pairs:
         seen = [_saved_gb(pair) for pair in (kinds[-1] if kinds else [])]
-        range_seen = f"; these starts save {min(seen):.2f} to {max(seen):.2f} GB" if seen else ""
-        return undecided(RUN_CLAIMS + range_seen)
+        return undecided(RUN_CLAIMS + (f"; these starts save {_span(seen)}" if seen else ""))
     saved = list(map(_saved_gb, pairs))
     inside = [_start(on) for (on, _), gb in zip(pairs, saved, strict=True) if _as_reported(gb)]
     verdict = SUPPORTED if len(inside) == len(saved) else CONDITIONAL if inside else REFUTED
-    text = f"{min(saved):.2f} to {max(saved):.2f} GB, by context and graph batch size"
+    text = _span(saved)
+    if len(saved) > 1:
+        text += ", by context and graph batch size"
     if inside:
         text += f"; 4 to 10 GB for {'; '.join(inside)}"
     if any(on.get("emulated_version") for on, _ in pairs):
         text += "; graphs themselves are counted by a formula, their tables exactly"
     own = [] if pairs == kinds[0] else [p for p in kinds[0] if p[0].get("engine_version")]
     if own:
-        gb = list(map(_saved_gb, own))
-        text += f"; on SGLang itself {min(gb):.2f} to {max(gb):.2f} GB ({_start(own[0][0])})"
+        starts_named = "; ".join(dict.fromkeys(_start(on) for on, _ in own))
+        text += f"; on SGLang itself {_span(list(map(_saved_gb, own)))} ({starts_named})"
     long = best_first(evidence.of("sglang", context_tokens=MILLIONS_10))
     failing = next((found for kind in long if (found := _failing_without(kind))), [])
     if failing:
@@ -90,6 +91,12 @@ def _costs_most(on: Row) -> bool:
 
 def _saved_gb(pair: tuple[Row, Row]) -> float:
     return _peak_gb(pair[0]) - _peak_gb(pair[1])
+
+
+def _span(gb: list[float]) -> str:
+    """Return the least and the most, or the one figure that both are."""
+    ends = dict.fromkeys(f"{value:.2f}" for value in (min(gb), max(gb)))
+    return f"{' to '.join(ends)} GB"
 
 
 def _as_reported(gb: float) -> bool:

@@ -82,9 +82,12 @@ def paged_starts(evidence: Evidence) -> Verdict:
 
 
 def _empty(evidence: Evidence, strategy: str) -> list[Row]:
-    return evidence.of(
-        strategy, lambda r: starts(r) and r.get("resident_tokens") == 0, fill=0.0
-    ) + evidence.of(strategy, starts, purpose="bracket")
+    """Trials that started and were not to fill; a bracket's row may be old, and say ``fill`` 1."""
+
+    def empty(row: Row) -> bool:
+        return starts(row) and row.get("resident_tokens") == 0 and row["purpose"] != "bracket"
+
+    return evidence.of(strategy, empty, fill=0.0) + evidence.of(strategy, starts, purpose="bracket")
 
 
 def held_at_startup(evidence: Evidence) -> Verdict:

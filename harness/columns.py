@@ -34,6 +34,8 @@ TIME = (
 ).split()
 # A growth event (`grow_*`) is an extension into chunks that no sequence used before, whoever mapped
 # them (harness.growth).
+# `fill` is what a trial was to fill: 0 for a bracket's. Rows of earlier versions say 1 there, of as
+# many `resident_tokens`: none.
 # Ours beside the contract: what a trial was for, its options, its samples and how it differs from
 # the plan. `purpose` is point, bracket or resident (one sequence is filled, of however many);
 # `admitted` says what can_admit(context) said.

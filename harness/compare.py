@@ -160,6 +160,12 @@ def nothing_in_common(a: str, b: str) -> str:
     return f"{a} and {b}: no cell is ok in both with the same figure measured ({measured})"
 
 
+def apart_line(pairs: Pairs, most: int = 3) -> str:
+    """Return what keeps the trials of A without a partner from those of B that are nearest."""
+    shown = [f"{clean(key)} ({count})" for key, count in list(pairs.apart.items())[:most]]
+    return "trials of A differ from the nearest of B in " + ", ".join(shown)
+
+
 def compare(
     runs: Sequence[Run], strategies: Sequence[str] | None = None
 ) -> tuple[str, list[Ratio], tuple[str, str]]:
@@ -187,7 +193,8 @@ def compare(
     (name_a, rows_a), (name_b, rows_b) = arms(first, second, strategies)
     pairs = pair(rows_a, rows_b)
     if pairs.both.empty:
-        raise RunError(f"{name_a} and {name_b} share no cell; allowed: runs of the same cells")
+        why = f" ({apart_line(pairs)})" if pairs.apart else ""
+        raise RunError(f"{name_a} and {name_b} share no cell{why}; allowed: runs of the same cells")
     found = ratios(pairs)
     on_host = is_scale_model(rows_a) or is_scale_model(rows_b)
     parts = [f"{SCALE_NOTE}\n"] if on_host else []
@@ -200,6 +207,8 @@ def compare(
         table = ratio_table(found, name_a, name_b)
         parts.append(table.text({"at the 2 % gate": 36, "cell": 40}))
     parts.append(f"{len(pairs.both)} pairs; without one: {pairs.only_a} of A, {pairs.only_b} of B.")
+    if pairs.apart:
+        parts.append(f"{apart_line(pairs)}.")
     return "\n".join(parts), found, (name_a, name_b)
 
 

@@ -211,16 +211,40 @@ def _allowed(key: str, text: str, groups: Sequence[str]) -> str:
         return next((kind for what, kind in KINDS.items() if re.search(what, text)), "another type")
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
-    such = "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
-    owners = _owners(key)
-    return f"with {' or '.join(owners)}, which has this key; else {such}" if owners else such
+    elsewhere = _keys_of_other_strategies(known)
+    if key in elsewhere:
+        such = ", ".join(_nearest(key, known) or siblings[:12])
+        return f"with {' or '.join(elsewhere[key])}, which has this key; else keys such as {such}"
+    near = [
+        f"{k} (with {' or '.join(elsewhere[k])})" if k in elsewhere else k
+        for k in _nearest(key, [*known, *elsewhere])
+    ]
+    return "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
 
 
-def _owners(key: str) -> list[str]:
-    """Who has a key that the chosen strategy has not: ``strategy=sglang``."""
-    words = [f"strategy={name}" for name in options("strategy")]
-    return [w for w in words if key in _keys(_composed([w]))] if key.startswith("strategy.") else []
+def _keys_of_other_strategies(known: Sequence[str]) -> dict[str, list[str]]:
+    """Keys that the chosen strategy has not, and who has them: ``strategy=sglang``."""
+    owners: dict[str, list[str]] = {}
+    for word in (f"strategy={name}" for name in options("strategy")):
+        for key in set(_keys(_composed([word]))) - set(known):
+            owners.setdefault(key, []).append(word)
+    return owners
+
+
+def _nearest(key: str, known: Sequence[str], most: int = 3) -> list[str]:
+    """Return the keys that one was most likely meant to be, the likeliest first.
+
+    A section may have been left out, or be another: then the last word tells.
+    """
+
+    def likeness(other: str) -> float:
+        whole = difflib.SequenceMatcher(None, other, key).ratio()
+        words = other.rpartition(".")[2], key.rpartition(".")[2]
+        leaf = difflib.SequenceMatcher(None, *words).ratio()
+        return max(whole if whole >= 0.6 else 0.0, 0.9 * leaf if leaf >= 0.8 else 0.0)
+
+    found = sorted(((likeness(k), k) for k in known), key=lambda pair: (-pair[0], pair[1]))
+    return [k for score, k in found[:most] if score]
 
 
 def _keys(node: Any, prefix: str = "") -> list[str]:  # noqa: ANN401

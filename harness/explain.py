@@ -19,9 +19,11 @@ from harness.explain_differs import disagreements
 from harness.explain_formula import request_table_answer
 from harness.explain_launch import Launch, parse_command
 from harness.explain_log import LogFacts, read_log
+from harness.explain_longest import refusal
 from harness.explain_spec import Question, engine_flag, question
 from harness.gpus import GPUS, Gpu, gpu_named, gpu_with_total
 from harness.hf_config import HFConfig, read_hf_config
+from harness.phases import phase_name
 from harness.planner import largest_context_that_starts, predict
 from harness.planner_changes import GOALS, Change, longest_accepted, smallest_change
 from harness.planner_spec import PlanSpec, Prediction
@@ -154,6 +156,8 @@ def _without_config(launch: Launch, gpu: Gpu | None, facts: LogFacts | None) -> 
     if launch.engine == "sglang" and facts.outcome == "oom" and not launch.context_tokens:
         parts.append(_row("note", "the log says no context length: req_to_token grows with it, and "
                           "no message names that table; give --command or --config"))  # fmt: skip
+    if facts.failed == "context":
+        parts.append(_row("change", _longer(launch)))
     if facts.outcome == "refused" and facts.failed == "gpu_memory_utilization" and gpu:
         share = int(facts.free_bytes / gpu.total_bytes * 100) / 100
         parts.append(_row("change", f"--gpu-memory-utilization {share:.2f}  to be let in (what is "
@@ -168,6 +172,11 @@ def _with_config(
     spec = asked.spec
     made = predict(spec)
     parts = _failure_in_log(facts)
+    if facts is None and (said := refusal(launch, config)):
+        parts.append(_row("refuses", said))
+    if facts is not None and facts.failed == "context":
+        parts.append(_row("change", f"{_longer(launch)}; what follows is with it"))
+        facts = None
     parts += _answer(made, facts, spec.capacity_bytes)
     if not made.started:
         parts += _changes(launch, spec, GOALS)
@@ -185,17 +194,24 @@ def _with_config(
     return [*parts, "", title, table]
 
 
+def _longer(launch: Launch) -> str:
+    return f"{launch.longer_variable}=1 in the environment, to be let past what config.json allows"
+
+
 def _answer(made: Prediction, facts: LogFacts | None, capacity_bytes: int) -> list[str]:
     """What failed and what ate the memory."""
     started = made.started and (facts is None or facts.outcome not in ("oom", "refused"))
     if started:
         left = gib(made.free_bytes)
         return [_row("starts", f"with room for {made.pool_tokens:,} tokens; {left} stay free")]
-    failed = (facts.failed if facts is not None else "") or made.allocation
+    failed = (
+        (facts.failed if facts is not None else "") or made.allocation or phase_name(made.phase)
+    )
     item = next((i for i in made.items if i.allocation == failed), None)
     size = f" ({gib(item.nbytes)})" if item is not None and item.nbytes else ""
     parts = [_row("failed", f"{failed or 'unknown'}{size}")]
-    if made.outcome == "refused" and (facts is None or facts.outcome != "refused"):
+    told = facts is not None and facts.outcome == "refused"
+    if made.outcome == "crash" or (made.outcome == "refused" and not told):
         parts.append(_row("says", made.message))
     ate = eater(made)
     if item is not None and item.nbytes > capacity_bytes:

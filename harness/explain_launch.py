@@ -45,6 +45,12 @@ _FLAGS = {"sglang": _SGLANG, "vllm": _VLLM}
 _SIXTEEN_BITS = ("auto", "bfloat16", "bf16", "float16", "fp16", "half")
 _CONTEXT = ("context_length", "max_model_len")
 _TP = ("tp", "tp_size", "tensor_parallel_size")
+# Lets a context pass that is longer than the config.json allows, and what the engine takes for yes.
+_LONGER = {
+    "sglang": ("SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN", ("true", "1", "yes", "y")),
+    "vllm": ("VLLM_ALLOW_LONG_MAX_MODEL_LEN", ("true", "1")),
+}
+_CHANGE_CONFIG = ("json_model_override_args", "hf_overrides", "rope_scaling")
 _OTHER_RANKS = ("pp", "dp", "pp_size", "dp_size", "pipeline_parallel_size", "data_parallel_size")
 
 
@@ -60,6 +66,13 @@ class Launch:
     kv_dtype: str = "auto"
     model: str = ""
     notes: list[str] = field(default_factory=list)
+    longer_allowed: bool = False  # the environment lets a context pass that the config does not
+    changes_config: bool = False
+
+    @property
+    def longer_variable(self) -> str:
+        """The environment variable with which a longer context than the config's may pass."""
+        return _LONGER[self.engine][0]
 
     @property
     def kv_itemsize(self) -> int:
@@ -83,6 +96,11 @@ def parse_command(text: str) -> Launch:
         raise BadValue("--command", text, "a command with matching quotes") from None
     engine, rest = _engine_of(words, text)
     launch = Launch(engine)
+    variable, yes = _LONGER[engine]
+    settings = (word.partition("=") for word in words)
+    launch.longer_allowed = any(
+        name == variable and value.lower() in yes for name, _, value in settings
+    )
     for key, value in _pairs(rest, launch):
         apply_flag(launch, key, value)
     return launch
@@ -129,6 +147,8 @@ def _is_number(word: str) -> bool:
 def apply_flag(launch: Launch, key: str, value: object) -> None:
     """Take one flag; flags that do not move memory are left out."""
     key = key.replace("-", "_")
+    if key.startswith(_CHANGE_CONFIG):
+        launch.changes_config = True
     if key in _CONTEXT:
         _apply_context(launch, key, value)
     elif key in _TP:

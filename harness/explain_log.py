@@ -35,6 +35,10 @@ _REFUSALS = (  # words of a refusal -> what is refused
     ("leave no GPU memory for the KV cache", "kv_pool"),
     ("No available memory for the cache blocks", "kv_pool"),
     ("is less than desired GPU memory utilization", "gpu_memory_utilization"),
+    ("To allow overriding this maximum, set the env var", "context"),
+)
+_TOO_LONG = re.compile(
+    r"(?:context_length|max_model_len) \((\d{1,15})\) is greater than the derived"
 )
 _VERSION = re.compile(
     r"(?:LLM engine \(v|vLLM (?:API server )?version |sglang[ =v]+)(\d[\w.]{2,19})"
@@ -120,6 +124,8 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
         for words, what in _REFUSALS:
             if words in line:
                 facts.outcome, facts.failed, facts.message = "refused", what, _after_type(line)
+        if facts.failed == "context" and (asked := _TOO_LONG.search(line)) is not None:
+            facts.launch.context_tokens = facts.launch.context_tokens or int(asked[1])
         if (busy := _TOO_BUSY.search(line)) is not None:
             facts.free_bytes, facts.total_bytes = _gib(busy[1]), _gib(busy[2])
             facts.free_before_bytes = facts.free_bytes
@@ -132,10 +138,18 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
 
 def _engine(found: list[str]) -> str | None:
     signs = {
-        "sglang": ("server_args=", "ServerArgs(", "sglang", "memory_pool.py", "Load weight "),
+        "sglang": (
+            "server_args=",
+            "ServerArgs(",
+            "sglang",
+            "memory_pool.py",
+            "Load weight ",
+            "SGLANG_",
+        ),
         "vllm": (
             "vllm",
             "vLLM",
+            "VLLM_",
             "non-default args",
             "LLM engine (v",
             "Model loading took",

@@ -11,6 +11,12 @@ from harness.safe_text import read_json_object
 from harness.sizes import BadValue
 from strategies.engine_model import EngineModel
 
+# What says how long a model's sequences get, beside ``max_position_embeddings``.
+LENGTHS = (
+    "max_position_embeddings max_sequence_length seq_length max_seq_len model_max_length "
+    "n_positions max_target_positions max_seq_length seq_len rope_scaling rope_parameters "
+    "model_type"
+).split()
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,120}")
 _LARGEST = 1 << 40
 # Llama 4: one layer in four has no rotary embedding and attends to everything.
@@ -43,6 +49,7 @@ class HFConfig:
     quantized: bool
     state_bytes: int
     vision: bool
+    lengths: dict[str, Any]
 
     def engine_model(self, tensor_parallel: int = 1, kv_itemsize: int = 1) -> EngineModel:
         """Shape one of ``tensor_parallel`` ranks."""
@@ -134,6 +141,7 @@ def read_hf_config(path: str | Path, key: str = "--config") -> HFConfig:
         quantized=_is_8_bit(outer) or _is_8_bit(raw),
         state_bytes=_state_bytes(raw, fields, layers - kinds[0] - kinds[1]),
         vision=isinstance(outer.get("vision_config"), dict),
+        lengths={k: raw[k] for k in LENGTHS if k in raw},
     )
 
 

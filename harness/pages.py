@@ -6,8 +6,8 @@ the page::
     <!-- rows: sweeps results/reference/h200_report results/reference/h200_qwen3_30b_a3b -->
     <!-- rows: end -->
 
-The first word is one of :data:`SECTIONS`. What lies between the two lines is replaced. A test makes
-the committed pages again and compares.
+The first word is one of :data:`SECTIONS`, or of :data:`EXAMPLES`, whose one folder holds no run.
+What lies between the two lines is replaced. A test makes the committed pages again and compares.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from harness import check, tables
 from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.section import engines
+from harness.page_example import explained
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -144,21 +145,30 @@ SECTIONS: dict[str, Callable[[list[Run], list[str]], str]] = {
 }
 
 
+EXAMPLES: dict[str, Callable[[Path, str], str]] = {"explain": explained}
+
+
 def renewed(page: Path) -> str:
     """The page's text with every marked section made again.
 
     Raises
     ------
     RunError
-        For a section of another name, or a folder that holds no run.
+            For a section of another name, or a folder that holds no run.
     """
 
     def made(match: re.Match[str]) -> str:
         name, *folders = match["words"].split()
-        if name not in SECTIONS:
-            raise RunError(f"{page}: rows: {name}: allowed are {', '.join(SECTIONS)}")
-        runs = [load_run(page.parent / folder) for folder in folders]
-        return f"{match[1]}\n{SECTIONS[name](runs, folders)}\n\n{match[3]}"
+        if name not in (*SECTIONS, *EXAMPLES):
+            raise RunError(f"{page}: rows: {name}: allowed are {', '.join((*SECTIONS, *EXAMPLES))}")
+        if name in EXAMPLES:
+            if len(folders) != 1:
+                raise RunError(f"{page}: rows: {name}: {len(folders)} folders; allowed: one")
+            text = EXAMPLES[name](page.parent, folders[0])
+        else:
+            runs = [load_run(page.parent / folder) for folder in folders]
+            text = SECTIONS[name](runs, folders)
+        return f"{match[1]}\n{text}\n\n{match[3]}"
 
     return MARKED.sub(made, page.read_text(encoding="utf-8"))
 

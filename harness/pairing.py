@@ -8,6 +8,7 @@ covers 75 %: in a quarter of cases all three lie on one side of the truth.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -36,6 +37,8 @@ MEMORY = ("peak_device_bytes", "kv_committed_bytes")
 QUESTION = ("context_tokens", "fill", "purpose")
 _CELL = ("model", "strategy", *VARIATIONS)
 _IGNORED = ("run_id", "trial_id", "pair_id", "repeat", "seed", "experiment")
+# What ran, not what was asked for: empty in rows that ended before it was known.
+RAN = ("kernel_variant",)
 CONFIGURATION = tuple(
     c
     for c in (*COLUMNS[: COLUMNS.index("status")], "purpose", "strategy_options", "growth")
@@ -55,12 +58,16 @@ class Pairs:
         Configuration columns in which the two share no value, and their values.
     only_a, only_b : int
         Trials without a partner.
+    apart : dict of str to int
+        What keeps those of A from the nearest of B without a partner, and how many it keeps; none
+        where all of A, or all of B, have one.
     """
 
     both: pd.DataFrame
     changed: dict[str, tuple[str, str]]
     only_a: int
     only_b: int
+    apart: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,17 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     """Pair the trials of two sets of rows.
 
     By ``pair_id`` where they share any, else by every configuration column in which they share a
-    value, and ``repeat``. A column in which they share none is what is compared.
+    value, and ``repeat``. A column in which they share none is what is compared, as is what ran.
     """
-    a, b = trials(a), trials(b)
+    a, b = _asked(a), _asked(b)
     changed = {
         c: (_values(a[c]), _values(b[c]))
         for c in CONFIGURATION
-        if c not in QUESTION and _disjoint(a[c], b[c])
+        if c not in QUESTION and _disjoint(a[c], b[c], c)
     }
     shared = (set(a["pair_id"]) & set(b["pair_id"])) - {""}
     keys = ["pair_id", "strategy", "strategy_options"] if shared else [*CONFIGURATION, "repeat"]
-    keys = [c for c in keys if c not in changed]
+    keys = [c for c in keys if c not in (*changed, *RAN)]
     for rows in (a, b):
         rows["_turn"] = rows.groupby(keys, dropna=False).cumcount() if keys else range(len(rows))
     joined = a.merge(
@@ -108,12 +115,34 @@ def pair(a: pd.DataFrame, b: pd.DataFrame) -> Pairs:
     copies = {f"{name}_{side}": joined[name] for name in keys for side in ("a", "b")}
     joined = pd.concat([joined.drop(columns=keys), pd.DataFrame(copies)], axis=1)
     side = joined["_side"]
+    both = joined[side == "both"].reset_index(drop=True)
+    alone_a = a[~a["trial_id"].isin(both["trial_id_a"])]
+    alone_b = b[~b["trial_id"].isin(both["trial_id_b"])]
+    asked = [c for c in (*CONFIGURATION, "repeat") if c not in (*changed, *RAN)]
     return Pairs(
-        joined[side == "both"].reset_index(drop=True),
+        both,
         changed,
         int((side == "left_only").sum()),
         int((side == "right_only").sum()),
+        _apart(alone_a[asked].apply(_key), alone_b[asked].apply(_key)),
     )
+
+
+def _asked(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the trials; a bracket's fills nothing, though an old row says ``fill`` 1."""
+    rows = trials(rows)
+    return rows.assign(fill=rows["fill"].mask(rows["purpose"] == "bracket", 0.0))
+
+
+def _apart(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, int]:
+    """Count what keeps each trial of A from the nearest of B, the same question if it is there."""
+    found: Counter[str] = Counter()
+    weights = [len(a.columns) if c in ("strategy", "model", *QUESTION) else 1 for c in a]
+    for _, row in a.iterrows() if len(b) else ():
+        differs = b.ne(row)
+        nearest = differs.loc[differs.mul(weights).sum(axis=1).idxmin()]
+        found[" and ".join(c for c in differs if nearest[c]) or "number"] += 1
+    return dict(found.most_common())
 
 
 def ratios(pairs: Pairs) -> list[Ratio]:
@@ -234,8 +263,12 @@ def _key(values: pd.Series) -> pd.Series:
     return values.map(lambda v: "" if pd.isna(v) else v)
 
 
-def _disjoint(a: pd.Series, b: pd.Series) -> bool:
-    return not set(_key(a)) & set(_key(b))
+def _disjoint(a: pd.Series, b: pd.Series, column: str) -> bool:
+    first, second = set(_key(a)), set(_key(b))
+    if column in RAN:
+        first, second = first - {""}, second - {""}
+        return bool(first and second) and not first & second
+    return not first & second
 
 
 def _values(column: pd.Series, most: int = 4) -> str:

@@ -112,7 +112,11 @@ class Answer:
         """Everything, for a terminal."""
         parts = [self._heading(), ""]
         parts += [items_table(self.made, self.spec.scale, self.spec.capacity_bytes), ""]
-        parts += [points_table(self.points), "", verdict(self.spec, self.made)]
+        parts += [
+            points_table(self.points, self.spec.context_tokens),
+            "",
+            verdict(self.spec, self.made),
+        ]
         parts += [f"note: {note}" for note in self.made.notes]
         parts += change_lines(self.spec.context_tokens, self.changes, self.longest)
         if self.largest is not None:
@@ -136,16 +140,14 @@ class Answer:
         assert self.largest is not None
         largest, failing = self.largest
         beyond = tokens_text(self.spec.context_tokens * LOOK_BEYOND)
+        text = f"largest context that starts, looked for up to {beyond}: "
         if failing is None:
-            return f"largest context that starts: every one up to {beyond}"
+            return f"{text}every one does"
         if failing == largest + 1:
             held = min(predict(self.spec.at(largest).filled(0.0)).pool_tokens, largest)
             room = "" if held == largest else f" (with room for {held:,})"
-            return f"largest context that starts: {largest:,} tokens{room}"
-        return (
-            f"largest context that starts: {largest:,} tokens, but contexts from {failing:,} on "
-            "fail before that"
-        )
+            return f"{text}{largest:,} tokens{room}"
+        return f"{text}{largest:,} tokens, but contexts from {failing:,} on fail before that"
 
 
 def as_summary(answers: Sequence[Answer]) -> dict[str, Any]:

@@ -63,13 +63,14 @@ def _merged(items: Sequence[PlanItem], small_bytes: int) -> list[PlanItem]:
     return out
 
 
-def points_table(points: OomPoints) -> str:
-    """Lay out the three OOM points."""
+def points_table(points: OomPoints, context_tokens: int) -> str:
+    """Lay out the three OOM points, which are looked for up to the configured context."""
     rows = []
+    ends = {"sweep_end": f"no failure up to {tokens_text(context_tokens)}, the context asked for"}
     for name in ("startup", "admit", "resident"):
         point = getattr(points, name)
         where = f"{phase_name(point.phase)} {point.allocation}".strip()
-        limit = {"sweep_end": "end of the range looked at"}.get(point.limited_by, point.limited_by)
+        limit = ends.get(point.limited_by, point.limited_by)
         rows.append([name, _tokens(point.ok), _tokens(point.not_ok), f"{limit}  {where}".strip()])
     return aligned(("OOM point", "largest ok", "smallest not ok", "limited by"), rows, (1, 2))
 

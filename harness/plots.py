@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
 from harness.plots_churn import figure_churn, figure_fragmentation
-from harness.plots_engines import figure_mem_fraction, figure_root_cause
+from harness.plots_engines import figure_root_cause
+from harness.plots_fractions import figure_mem_fraction
 from harness.plots_granularity import figure_granularity
 from harness.plots_memory import figure_memory
 from harness.plots_phases import figure_phases

@@ -1,6 +1,8 @@
-"""What engines ask for at start-up, item by item, and what a pool's fraction changes."""
+"""What engines ask for at start-up, item by item."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -14,8 +16,6 @@ from harness.plots_phases import frame_timeline, ledger_of
 from harness.series import (
     by_model,
     is_scale_model,
-    needed_bytes,
-    options_of,
     points,
     scale,
     series,
@@ -35,6 +35,10 @@ ITEMS = {
 }
 LONG_LABEL = 48
 LABELLED_GIB = 40.0  # a table as broad as its figure is long
+Y_LABEL = "context, tokens"
+ROW_POINTS, NOTE_SIZE = 10.0, 6.0
+BESIDE_AXES_POINTS = 22.0  # of a column's width, without the ticks' labels
+REACH = 2.05  # of the longest bar: notes stand behind them
 REPEATS_TEXT = "Of repeats the first is drawn."
 
 
@@ -57,37 +61,45 @@ def figure_root_cause(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
     own, events = points(rows), frame_timeline(timeline)
     models = list(by_model(own))
     bars = [_bars(part, events) for _, part in models]
-    heights = [len(found) + len({b[0] for b in found}) + 1.0 for found in bars]
+    every = [bar for found in bars for bar in found]
+    sizes = (own["capacity_bytes"] * scale(own) / GIB).dropna()
+    reach = REACH * max([*(bar.end for bar in every), *sizes])
+    beside = max(style.text_points(bar.context, NOTE_SIZE) for bar in every) + BESIDE_AXES_POINTS
+    width = 72 * style.WIDTH_INCHES - beside
+    ends = [(part["capacity_bytes"] * scale(part) / GIB).dropna().unique() for _, part in models]
+    panels = [
+        _panel(found, max(device, default=0.0), reach, width)
+        for found, device in zip(bars, ends, strict=True)
+    ]
+    heights = [panel.rows + 1.0 for panel in panels]
     figure = style.new_figure(
         0.85 + 0.14 * sum(heights) + 0.2 * len(models),
         len(models),
         sharex=True,
         gridspec_kw={"height_ratios": heights},
     )
-    for axes, (model, part), found in zip(figure.axes, models, bars, strict=True):
-        ends = (part["capacity_bytes"] * scale(part) / GIB).dropna().unique()
-        _stack(axes, found, max(ends, default=0.0))
-        for value in ends:
+    label_points = style.text_points(Y_LABEL, style.TEXT_SIZE)
+    for axes, (model, _), panel, device in zip(figure.axes, models, panels, ends, strict=True):
+        _stack(axes, panel)
+        for value in device:
             axes.axvline(value, color="black", linewidth=1, linestyle=(0, (4, 2)))
         axes.set_title(style.plain(f"{model or 'any'} model, one rank"), loc="left")
-        axes.set_ylabel("context, tokens")
+        fits = label_points < ROW_POINTS * (panel.rows + 1)
+        axes.set_ylabel(Y_LABEL if fits else Y_LABEL.split(",")[0])
+    figure.axes[-1].set_xlim(0, reach)
     figure.axes[-1].set_xlabel("asked for at start-up, GiB of one GPU")
-    used = {name for found in bars for bar in found for name in bar[2]}
+    used = {name for bar in every for name in bar.held}
     handles: list[Patch | Line2D] = [Patch(color=c, label=n) for n, c in ITEMS.items() if n in used]
     handles.append(
         Patch(facecolor="white", edgecolor="black", hatch="////", label="failed or refused")
     )
-    sizes = (own["capacity_bytes"] * scale(own) / GIB).dropna()
-    device = " or ".join(dict.fromkeys(f"{size:.1f}" for size in sizes))
-    handles.append(
-        Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {device} GiB free")
-    )
+    named = " or ".join(dict.fromkeys(f"{size:.1f}" for size in sizes))
+    handles.append(Line2D([], [], color="black", ls=(0, (4, 2)), label=f"device: {named} GiB free"))
     style.legend(figure, handles, columns=3)
-    drawn = sum(len(found) for found in bars)
     style.badge(
         figure,
         _versions(own),
-        REPEATS_TEXT if drawn < len(own) else "",
+        REPEATS_TEXT if len(every) < len(own) else "",
         SCALE_TEXT if is_scale_model(own) else "",
     )
     return figure
@@ -104,11 +116,34 @@ def _versions(own: pd.DataFrame) -> str:
     return f"Start-ups {what} the source of {' and '.join(named)}."
 
 
-Bar = tuple[str, str, dict[str, float], float, str]
+@dataclass(frozen=True)
+class Bar:
+    """A trial: its curve, its context, GiB by item, GiB that were refused, what is said of it."""
+
+    label: str
+    context: str
+    held: dict[str, float]
+    refused: float
+    said: str
+
+    @property
+    def end(self) -> float:
+        """GiB asked for."""
+        return sum(self.held.values()) + self.refused
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A model's bars and their curves' names by the row in which each stands, and their rows."""
+
+    headings: list[tuple[float, str, float]]
+    bars: list[tuple[float, Bar]]
+    notes: list[tuple[float, str]]
+    rows: float
 
 
 def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
-    """Return a bar a trial: its curve, context, GiB by item, GiB refused, what was said."""
+    """Return a bar a trial."""
     out: list[Bar] = []
     for one in series(part):
         rows = one.rows.sort_values(["context_tokens", "fill", "repeat"])
@@ -124,7 +159,7 @@ def _bars(part: pd.DataFrame, events: pd.DataFrame) -> list[Bar]:
                 if row["status"] == "refused" and row["oom_free_bytes"] >= 0:
                     has = row["oom_free_bytes"] * factor
                     said = f"refused: {refused:.1f} > {has:.1f}"
-            out.append((one.label, tokens(row["context_tokens"]), found, refused, said))
+            out.append(Bar(one.label, tokens(row["context_tokens"]), found, refused, said))
     return out
 
 
@@ -162,106 +197,66 @@ def item_name(phase: str, allocation: str) -> str:
     )
 
 
-def _stack(axes: Axes, bars: list[Bar], device_gib: float) -> None:
-    """Draw the bars under their curves' names; notes stand clear of the device's line."""
-    y, last, ticks = -1.0, "", []
-    for label, context, found, refused, said in bars:
-        y += 1
-        if label != last:
-            heading = axes.text(
-                0.01,
-                y,
-                style.plain(label),
-                fontsize=6.5 if len(label) < LONG_LABEL else 5,
-                va="center",
-                weight="bold",
-                bbox=style.WHITE_BOX,
-                transform=axes.get_yaxis_transform(),
-            )
-            heading.set_in_layout(False)  # it may run over the axes' end, not squeeze them
-            last, y = label, y + 1
-        ticks.append((y, context))
-        end = _bar(axes, y, found, refused)
-        note = f"{end:.0f}" + (f"  {said}" if said else "")
-        style.bar_note(axes, max(end, device_gib), y, note, bool(said))
-    axes.set_yticks([at for at, _ in ticks], [context for _, context in ticks], fontsize=6)
+def _panel(bars: list[Bar], device_gib: float, reach: float, width: float) -> Panel:
+    """Place bars under their curves' names; notes stand clear of the device's line.
+
+    What does not fit beside its bar is broken into lines, and takes the rows that they need;
+    ``width`` are the points of ``reach`` GiB.
+    """
+    panel, y, last = Panel([], [], [], 0.0), 0.0, ""
+    for bar in bars:
+        if bar.label != last:
+            size = 6.5 if len(bar.label) < LONG_LABEL else 5.0
+            lines = style.broken(bar.label, 0.99 * width, size, "bold")
+            panel.headings.append((y + (_rows(lines) - 1) / 2, "\n".join(lines), size))
+            last, y = bar.label, y + _rows(lines)
+        at = max(bar.end, device_gib)
+        note = f"{bar.end:.0f}" + (f"  {bar.said}" if bar.said else "")
+        lines = style.broken(note, width * (1 - at / reach), NOTE_SIZE)
+        middle = y + (_rows(lines) - 1) / 2
+        panel.bars.append((middle, bar))
+        panel.notes.append((at, "\n".join(lines)))
+        y += _rows(lines)
+    return replace(panel, rows=y)
+
+
+def _rows(lines: list[str]) -> float:
+    """Return how many rows of bars lines of text take."""
+    return max(1.0, 0.75 * len(lines))
+
+
+def _stack(axes: Axes, panel: Panel) -> None:
+    """Draw the bars of a panel, what is said of each, and their curves' names."""
+    for y, label, size in panel.headings:
+        heading = axes.text(
+            0.01,
+            y,
+            style.plain(label),
+            fontsize=size,
+            va="center",
+            weight="bold",
+            bbox=style.WHITE_BOX,
+            transform=axes.get_yaxis_transform(),
+        )
+        heading.set_in_layout(False)  # its place is known, and it squeezes no axes
+    for (y, bar), (at, note) in zip(panel.bars, panel.notes, strict=True):
+        _bar(axes, y, bar)
+        style.bar_note(axes, at, y, note, bool(bar.said), NOTE_SIZE)
+    axes.set_yticks([y for y, _ in panel.bars], [bar.context for _, bar in panel.bars], fontsize=6)
     axes.tick_params("y", length=0)
-    axes.set_ylim(y + 0.6, -0.6)
+    axes.set_ylim(panel.rows - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
-    reach = max(sum(found.values()) + refused for *_, found, refused, _ in bars)
-    axes.set_xlim(0, max(axes.get_xlim()[1], reach * 1.95))
 
 
-def _bar(axes: Axes, y: float, found: dict[str, float], refused: float) -> float:
-    """Draw one stacked bar; returns where it ends."""
+def _bar(axes: Axes, y: float, bar: Bar) -> None:
+    """Draw one stacked bar."""
     left = 0.0
     for name, colour in ITEMS.items():
-        width = found.get(name, 0)
+        width = bar.held.get(name, 0)
         axes.barh(y, width, 0.75, left, color=colour, zorder=2)
         if name == REQ_TO_TOKEN and width >= LABELLED_GIB:
             middle = left + width / 2
             axes.text(middle, y, f"{width:.2f}", fontsize=6, ha="center", va="center", zorder=3)
         left += width
-    if refused:
-        axes.barh(y, refused, 0.75, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
-    return left + refused
-
-
-@style.styled
-def figure_mem_fraction(rows: pd.DataFrame) -> Figure:
-    """Draw what a static pool asks for at each fraction, of the context and of the device.
-
-    Parameters
-    ----------
-    rows : pandas.DataFrame
-        Rows with ``mem_fraction``; what the fraction is of stands in ``strategy_options``.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-        A curve for each meaning (and whatever else varies): the first in the strategy's colour, the
-        others in neutral ones. Crosses did not start.
-    """
-    own = points(rows)
-    own = own[own["mem_fraction"].notna()]
-    meaning = [options_of(v).get("mem_fraction_of", "") for v in own["strategy_options"]]
-    handles = []
-    looks = (
-        (style.look("static")[0], "o"),
-        (style.DARK, "s"),
-        (style.BLACK, "^"),
-        (style.SKY, "v"),
-    )
-    curves = [
-        (of, one)
-        for of in dict.fromkeys(meaning)
-        for one in series(own[[m == of for m in meaning]], ("context_tokens",), ("mem_fraction",))
-    ]
-    figure = style.new_figure(2.3 + 0.13 * len(curves))
-    axes = figure.axes[0]
-    for n, (of, one) in enumerate(curves):
-        colour, marker = looks[n % len(looks)]
-        part = one.rows.sort_values("mem_fraction")
-        factor = scale(part) / GIB
-        ok = part["status"] == "ok"
-        height = part["peak_device_bytes"].where(ok, needed_bytes(part)) * factor
-        axes.plot(part["mem_fraction"], height, color=colour, lw=1)
-        axes.plot(part["mem_fraction"][ok], height[ok], marker, color=colour)
-        axes.plot(part["mem_fraction"][~ok], height[~ok], "X", color=colour, ms=6.5)
-        label = one.label + (f", fraction of the {of}" if of else "")
-        handles.append(Line2D([], [], color=colour, marker=marker, label=style.plain(label)))
-    handles.append(Line2D([], [], color=style.DARK, marker="X", ls="", label="does not start"))
-    sizes = (own["capacity_bytes"] * scale(own)).dropna().unique() / GIB
-    for value in sizes:
-        line = axes.axhline(
-            value, color=style.BLACK, linewidth=1, linestyle=(0, (4, 2)), zorder=1.5
-        )
-        line.set_label(f"device: {' or '.join(f'{size:.1f}' for size in sizes)} GiB free")
-    handles += [line] if len(sizes) else []
-    axes.margins(y=0.12)
-    axes.set(xlabel="mem_fraction", ylabel="needed at start-up, GiB")
-    axes.set_ylim(bottom=0)
-    style.legend(figure, handles, columns=1)
-    at = " and ".join(tokens(c) for c in own["context_tokens"].dropna().unique())
-    style.badge(figure, f"Context {at}.", SCALE_TEXT if is_scale_model(own) else "")
-    return figure
+    if bar.refused:
+        style.failed_bar(axes, y, bar.refused, left, 0.75)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,6 +38,7 @@ PROCESS = (
     "emulated_ranks",
     "capacity_bytes",
 )
+TITLE_POINTS = 200.0  # of a column's width, beside the axis' labels
 BARS_TEXT = "A bar: what is held at the end of the phase, or was asked for in it."
 COMPONENT_OF_PHASE = {"pool": "KV", "fill": "KV"} | {p: p for p in SIZED_PHASES}
 
@@ -206,7 +209,9 @@ def _phase_bars(
         if row["status"] == "ok"
         else f": {style.ENDS.get(row['status'], ('', row['status']))[1]}"
     )
-    axes.set_title(style.plain(f"{label}, {tokens(row['context_tokens'])}{fill}{end}"), loc="left")
+    title = f"{label}, {tokens(row['context_tokens'])}{fill}{end}"
+    lines = style.broken(title, TITLE_POINTS, style.TEXT_SIZE)
+    axes.set_title(style.plain("\n".join(lines)), loc="left")
     axes.set_ylabel("held, GiB")
     axes.grid(axis="x", visible=False)
 
@@ -225,5 +230,6 @@ def _bar_totals(axes: Axes, phases: list[str], tops: pd.Series) -> None:
     missing = [i for i, name in enumerate(phases) if name not in tops.index]
     if missing:
         axes.text(sum(missing) / len(missing), 4, "never reached", ha="center", fontsize=6.5)
-    axes.set_xticks(range(len(phases)), [phase_name(p) for p in phases])
-    axes.tick_params("x", labelsize=6, rotation=30)
+    names = [phase_name(p) for p in phases]
+    look: dict[str, Any] = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(phases)), names, fontsize=6, **look)  # each ends at its bar

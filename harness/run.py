@@ -172,7 +172,7 @@ def _of_rank(cell: Cell, rank: int) -> Cell:
 
 
 def _bracket_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
-    return Cell(settings, tokens, purpose="bracket", timing=False, repeat=repeat)
+    return Cell(settings, tokens, 0.0, purpose="bracket", timing=False, repeat=repeat)
 
 
 def engine_bracket_ends(settings: Settings) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import textwrap
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, ParamSpec
 
@@ -19,6 +19,8 @@ import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 
 from harness.runs import RunError, write_file
@@ -37,9 +39,12 @@ _STRATEGY = {
     "vllm": (PURPLE, "v"),
 }
 _OTHERS = ((SKY, "P"), (BLACK, "*"), (DARK, "h"), (GREY, "X"))
+FONT = "DejaVu Sans"
+TEXT_SIZE = 7.5  # of titles and axes' labels
 WHITE_BOX = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.85}
 LEGEND_LETTERS = 72  # that fit a column's width in the legend's size
 BADGE_LETTERS = 76  # likewise in a badge's
+PIXEL_GRID = 1.05  # letters that are set on whole pixels are broader by less than this
 LINES = ("-", "--", ":", "-.")
 COMPONENTS = {
     "context": GREY,
@@ -60,10 +65,10 @@ ENDS = {
     "crash": ("d", "crash"),
 }
 RC = {
-    "font.family": "DejaVu Sans",
-    "font.size": 7.5,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 7.5,
+    "font.family": FONT,
+    "font.size": TEXT_SIZE,
+    "axes.titlesize": TEXT_SIZE,
+    "axes.labelsize": TEXT_SIZE,
     "legend.fontsize": 6.5,
     "xtick.labelsize": 7,
     "ytick.labelsize": 7,
@@ -196,6 +201,38 @@ def figured_bar(
     )
     note.set_in_layout(False)  # it may run over the axis' end, not widen it
     return width
+
+
+def failed_bar(axes: Axes, y: float, width: float, left: float, height: float) -> None:
+    """Draw the part of a stacked bar that was asked for in vain."""
+    axes.barh(y, width, height, left, fc="white", hatch="////", ec="black", lw=0.5, zorder=2)
+
+
+@cache
+def text_points(text: str, size: float, weight: str = "normal") -> float:
+    """Return how broad one line of text gets at most, in points."""
+    font = FontProperties(family=FONT, weight=weight, size=size)
+    width, _, _ = text_to_path.get_text_width_height_descent(text, font, ismath=False)
+    return PIXEL_GRID * float(width)
+
+
+def broken(text: str, points: float, size: float, weight: str = "normal") -> list[str]:
+    """Return text in as few lines of at most ``points`` as it takes, all about as long.
+
+    A word that is longer than a line is broken as well.
+    """
+    most = len(text)
+    while most > 1 and max(_widths(text, most, size, weight)) > points:
+        most -= 1
+    lines = len(textwrap.wrap(text, most))
+    longest = max(len(word) for word in text.split())
+    while most > longest and len(textwrap.wrap(text, most - 1)) == lines:
+        most -= 1
+    return textwrap.wrap(text, most)
+
+
+def _widths(text: str, letters: int, size: float, weight: str) -> list[float]:
+    return [text_points(line, size, weight) for line in textwrap.wrap(text, letters)]
 
 
 def bar_note(axes: Axes, x: float, y: float, text: str, loud: bool, size: float = 6) -> None:

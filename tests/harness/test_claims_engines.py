@@ -97,13 +97,17 @@ def test_c13_names_what_lies_in_the_reported_range():
     assert "counted by a formula" in verdict("C13", emulated)["condition"]
     # What the engine itself saves with few requests is said beside it.
     real = [r | {"engine_version": "0.5.12.post1"} for r in graphs(0.25, requests=16)]
-    assert "on SGLang itself 0.27 to 0.27 GB" in verdict("C13", [*real, *emulated])["condition"]
+    told = verdict("C13", [*real, *emulated])["condition"]
+    assert "on SGLang itself 0.27 GB (report, 10,000,000 tokens, max_running_requests 16)" in told
+    more = [r | {"engine_version": "0.5.12.post1"} for r in graphs(0.5, requests=32)]
+    told = verdict("C13", [*real, *more, *emulated])["condition"]
+    assert "on SGLang itself 0.27 to 0.54 GB (" in told and "requests 32)" in told
 
 
 def test_c13_waits_for_many_requests_and_says_what_few_save():
     few = graphs(1, requests=16)
     told = verdict("C13", few)["condition"]
-    assert "with 128 requests" in told and "save 1.07 to 1.07 GB" in told
+    assert "with 128 requests" in told and told.endswith("save 1.07 GB")
     # Starts of the engine itself with few requests do not hide emulated ones with many.
     real = [r | {"engine_version": "0.5.12.post1"} for r in few]
     assert verdict("C13", real + graphs(6))["verdict"] == "supported"
@@ -140,8 +144,22 @@ def test_starts_of_two_versions_are_not_compared(claim):
 
 def test_c9_names_a_pool_by_the_cost_of_a_token():
     found = verdict("C9", sglang(100 * GIB))["condition"]
-    assert "(4,369,067 tokens at 24 KiB a token)" in found
+    assert "are the same (4,369,066 tokens at 24 KiB a token)" in found
     assert "1.00 GiB, then 76.00, beside which kv_pool no longer fits" in found
+
+
+def test_pools_are_counted_as_the_engine_counts_them():
+    """SGLang's ``max_total_num_tokens``: its buffers have a page more, for padding."""
+    token, size = 24 * 1024, 5_066_547
+    short, long, few = sglang((size + 1) * token, few={"admitted": "false"})
+    for made in (short, few):
+        made["kv_reserved_bytes"] = (size + 1) * token
+    found = verdict("C9", [short, long])["condition"]
+    assert f"are the same ({size:,} tokens at 24 KiB a token)" in found
+    assert f"(room for {size:,})" in verdict("C18", [long, few])["condition"]
+    long["oom_requested_bytes"] += token
+    found = verdict("C9", [short, long])["condition"]
+    assert f"are alike ({size:,} and {size + 1:,} tokens at 24 KiB a token)" in found
 
 
 def test_c11_says_what_does_not_fit():

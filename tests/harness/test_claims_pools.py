@@ -183,6 +183,14 @@ def test_what_offloaded_weights_cost_is_told_where_it_was_measured():
     assert "123.4" not in verdict("C15", [row("paged", **timed, basis="scale_model")])["condition"]
 
 
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_a_brackets_trial_is_an_empty_start_once_whatever_fill_an_old_row_says(fill):
+    paged = row("paged", purpose="bracket", fill=fill)
+    found = verdict("C3", [paged, STATIC_EMPTY])
+    assert found["verdict"] == "supported"
+    assert sorted(found["trials"]) == sorted([paged["trial_id"], STATIC_EMPTY["trial_id"]])
+
+
 def test_one_cost_of_a_token_decides_c1_for_itself_only():
     fails, begins = (verdict("C1", [row("static", **r)]) for r in (NO_POOL, SMALL))
     assert fails["condition"].startswith("at 24 KiB a token it asks 228.9 GiB and cannot; ")

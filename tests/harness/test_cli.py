@@ -64,6 +64,8 @@ def test_both_ends_of_a_bracket_are_run_twice_and_agree(ten_million):
         if row["purpose"] != "point":
             key = (row["strategy"], row["purpose"], row["context_tokens"])
             ends.setdefault(key, []).append((row["status"], row["resident_tokens"]))
+            filled = {"bracket": 0.0, "resident": 1.0}[row["purpose"]]
+            assert row["fill"] == filled and (row["resident_tokens"] == 0 or filled)
     assert len(ends) == 7
     for answers in ends.values():
         assert len(answers) == 2 and len(set(answers)) == 1

@@ -14,6 +14,7 @@ from harness.plots_compare import figure_compare
 from harness.runs import frame, load_run
 from tests.harness.run_fixture import cell, sweep, write_run
 
+M = 1_000_000
 DECODE = "attention_decode_tokens_per_second"
 
 
@@ -65,6 +66,47 @@ def test_without_shared_pair_ids_the_configuration_pairs():
     assert len(pairs.both) == 20
     assert pairs.changed["hardware"] == ("h200", "h100")
     assert (pairs.both["fill_a"] == pairs.both["fill_b"]).all()
+
+
+def test_what_ran_keeps_no_trials_apart_though_some_ended_before_it_was_known():
+    def ran(kernel):
+        rows = [r | {"pair_id": f"{kernel} {r['pair_id']}"} for r in sweep(2)]
+        return [r | {"kernel_variant": kernel if r["status"] == "ok" else None} for r in rows]
+
+    first, second = ran("tma"), ran("host")
+    second[2] |= {"status": "crash", "kernel_variant": None}
+    pairs = pair(frame(first), frame(second))
+    assert len(pairs.both) == 20 and pairs.apart == {}
+    assert pairs.changed["kernel_variant"] == ("tma, (empty)", "host, (empty)")
+    assert (pairs.both["status_a"] != pairs.both["status_b"]).sum() == 1
+    same = pair(frame(first), frame(ran("tma")))
+    assert len(same.both) == 20 and "kernel_variant" not in same.changed
+
+
+def test_a_key_that_keeps_trials_apart_is_named(tmp_path, capsys, monkeypatch):
+    small = [r | {"page_tokens": 16, "pair_id": ""} for r in sweep(2)]
+    far = cell("static", 7, 1.0, pair_id="", page_tokens=128)
+    pairs = pair(frame(sweep(2, pair_id="")), frame([*small, far]))
+    assert pairs.both.empty and pairs.apart == {"page_tokens": 20}
+    assert pair(frame(sweep(2)), frame(sweep(2))).apart == {}
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "A", sweep(2, pair_id=""))
+    write_run(tmp_path / "B", [*small, far], run_id="second")
+    assert main(["A", "B"]) == 2
+    said = capsys.readouterr().err
+    assert "share no cell" in said and "page_tokens (20)" in said and said.count("\n") == 1
+    write_run(tmp_path / "C", [*sweep(2, pair_id="")[:10], *small[10:]], run_id="third")
+    assert main(["A", "C"]) == 0
+    assert (
+        "trials of A differ from the nearest of B in page_tokens (10)." in capsys.readouterr().out
+    )
+
+
+def test_a_brackets_trials_pair_whatever_fill_an_old_row_says():
+    old = [cell("static", c, 1.0, purpose="bracket", pair_id=f"old {c}") for c in (5 * M, 6 * M)]
+    new = [r | {"fill": 0.0, "pair_id": ""} for r in old]
+    pairs = pair(frame(old), frame(new))
+    assert (len(pairs.both), pairs.only_a, pairs.only_b) == (2, 0, 0) and pairs.changed == {}
 
 
 def test_trials_without_a_partner_are_counted():

@@ -85,6 +85,39 @@ def test_all_jobs_write_to_one_folder():
 
 
 @pytest.mark.parametrize(
+    ("word", "nearest"),
+    [
+        ("contxt=1M", "context"),
+        ("models=report", "model"),
+        ("sed=1", "seed"),
+        ("hardware.capacty=80GiB", "hardware.capacity"),
+        ("sweep.contxts=[1]", "sweep.contexts"),
+        ("engine.sglang.pyton=x", "engine.sglang.python"),
+        ("fault.knd=hang", "fault.kind"),
+        # In another section, or in none; of a strategy that was not chosen.
+        ("page_tokens=16", "trial.page_tokens"),
+        ("model.page_tokens=16", "trial.page_tokens"),
+        ("strategy.mem_fractoin=0.5", "strategy.mem_fraction (with strategy=eager_pages or "),
+        ("max_runing_requests=16", "strategy.max_running_requests (with strategy=sglang)"),
+        (
+            "strategy.gpu_memory_utilisation=0.9",
+            "strategy.gpu_memory_utilization (with strategy=vllm)",
+        ),
+    ],
+)
+def test_a_mistyped_key_is_answered_with_the_nearest_one(word, nearest):
+    with pytest.raises(BadValue, match=r"keys such as (.*)$") as refused:
+        compose_config([word])
+    assert str(refused.value).partition("keys such as ")[2].startswith(nearest)
+    assert refused.value.key == word.partition("=")[0] and "\n" not in str(refused.value)
+
+
+def test_what_is_like_no_key_is_answered_with_the_first_words():
+    with pytest.raises(BadValue, match="keys such as strategy, model, hardware"):
+        compose_config(["zzzz=1"])
+
+
+@pytest.mark.parametrize(
     ("words", "key", "allowed"),
     [
         (["trial.timng=false"], "trial.timng", "trial.timing"),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 
+from harness.engines.stand_in import stand_in
+from harness.explain import main as explain
 from harness.pages import MARKED, main, renewed
 from harness.runs import RunError
+from harness.validate import compose_settings
 from tests.harness.ranks_fixture import ROOT
 
 PAGES = [
@@ -49,3 +54,49 @@ def test_an_unknown_section_and_a_missing_run_are_one_line(tmp_path: Path, capsy
     with pytest.raises(RunError, match="allowed are"):
         page.write_text("<!-- rows: prices x -->\n<!-- rows: end -->\n")
         renewed(page)
+
+
+EXAMPLE = ROOT / "docs/example"
+
+
+def test_the_example_is_an_error_that_an_engine_gave_of_the_model_that_was_started():
+    samples = (ROOT / "results/reference/h200_real_engines/samples.jsonl").read_text()
+    first = json.loads(samples.splitlines()[0])["failed"]
+    where, message = (EXAMPLE / "error.log").read_text().splitlines()
+    assert where == first["where"]
+    assert message == f"torch.{first['error_type']}: {first['message']}"
+    words = ["strategy=sglang", "model=qwen3_30b_a3b", "hardware=h200"]
+    shape = stand_in(compose_settings(words, planning=True), 10_000_000)
+    assert json.loads((EXAMPLE / "config.json").read_text()) == shape.config()
+
+
+def test_an_example_shows_what_the_command_answers(tmp_path: Path, capsys):
+    shutil.copytree(EXAMPLE, tmp_path / "mine")
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- rows: explain mine -->\nstale\n<!-- rows: end -->\nb\n")
+    assert main([str(page)]) == 0
+    text = page.read_text()
+    assert "stale" not in text and renewed(page) == text
+    command = (EXAMPLE / "command.txt").read_text().strip()
+    assert f"--command '{command}'" in text
+    files = [str(EXAMPLE / name) for name in ("error.log", "config.json")]
+    capsys.readouterr()
+    assert explain([files[0], "--config", files[1], "--command", command]) == 0
+    assert capsys.readouterr().out in text
+    (tmp_path / "mine/command.txt").write_text("sglang serve --context-length 128Ki\n")
+    assert "context 131,072" in renewed(page)
+
+
+@pytest.mark.parametrize(
+    "words", ["explain", "explain docs more", "explain nowhere", "explain bad"]
+)
+def test_an_example_that_cannot_be_made_is_one_line(tmp_path: Path, capsys, words):
+    shutil.copytree(EXAMPLE, tmp_path / "bad")
+    (tmp_path / "bad/config.json").write_text("{")
+    page = tmp_path / "page.md"
+    before = f"<!-- rows: {words} -->\n<!-- rows: end -->\n"
+    page.write_text(before)
+    assert main([str(page)]) == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1 and said.startswith("harness.pages: ")
+    assert page.read_text() == before

@@ -21,9 +21,20 @@ def test_a_start_that_fails_is_an_answer(capsys):
     assert "does not start at 10M" in out
     assert "76.33 GiB" in out and "req_to_token took 76.33 GiB" in out
     assert "smallest change that lets it start: max_running_requests=" in out
-    assert "largest context that starts: " in out
+    assert "largest context that starts, looked for up to 160M: " in out
     for point in ("startup", "admit", "resident"):
         assert f"\n{point}" in out
+
+
+def test_how_far_each_answer_was_looked_for_stands_beside_it(capsys):
+    words = ["strategy=vllm", "strategy.max_num_seqs=16", "hardware=h200", "model=qwen3_30b_a3b"]
+    _, out, _ = ask(capsys, *words)
+    rows = {line.split()[0]: line for line in out.splitlines() if line}
+    assert rows["startup"].endswith("no failure up to 10M, the context asked for")
+    further = int(rows["largest"].split()[-2].replace(",", ""))
+    assert "looked for up to 160M" in rows["largest"] and 10_000_000 < further < 160_000_000
+    _, out, _ = ask(capsys, *words, f"context={further + 1}")
+    assert f"vllm does not start at {further + 1:,}" in out
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from harness import style
 from harness.columns import TIMELINE_COLUMNS
 from harness.plots import OF_A_SWEEP, QUESTIONS, TITLES, draw_run, figures
 from harness.plots_churn import figure_churn, figure_fragmentation
-from harness.plots_engines import figure_mem_fraction, figure_root_cause, items_of
+from harness.plots_engines import figure_root_cause, items_of
+from harness.plots_fractions import figure_mem_fraction
 from harness.plots_granularity import figure_granularity
 from harness.plots_precision import figure_precision
 from harness.plots_sharing import SHARES, figure_waste
@@ -49,7 +50,7 @@ def engine_events(rows):
 def test_what_an_engine_asked_for_is_stacked_and_the_failing_item_named():
     rows = engine_rows()
     figure = figure_root_cause(frame(rows), pd.DataFrame(engine_events(rows)))
-    said = texts(figure)
+    said = [" ".join(t.split()) for t in texts(figure)]
     assert any("out of memory: kv_pool" in t and t.startswith("196") for t in said)
     assert any("out of memory: kv_pool of 116.0" in t for t in said)
     assert any("refused: 116.0 > " in t for t in said)
