@@ -21,7 +21,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -91,7 +91,7 @@ def _check_group(override: Override) -> None:
     known = options(group)
     values: list[Any] = [override.value()]
     if override.is_sweep_override():
-        values = list(override.sweep_string_iterator())
+        values = swept(override)
     for value in values:
         if str(value) not in known:
             raise BadValue(group, value, ", ".join(known))
@@ -118,6 +118,26 @@ def as_typed(error: BadValue, arguments: Sequence[str]) -> BadValue:
     return error
 
 
+def swept(override: Override) -> list[str]:
+    """The values of a sweep, up to one more than a run may have jobs."""
+    key, text = override.get_key_element(), override.get_value_string()
+    lists = "a,b,c or choice(a,b,c) or range(first,end,step), of one value or more"
+    sweep = override.value()
+    if isinstance(sweep, RangeSweep):
+        span = float(sweep.stop or 0) - float(sweep.start or 0)
+        if not sweep.step or not span / sweep.step <= MAX_JOBS:
+            raise BadValue(key, text, f"up to {MAX_JOBS} jobs in one sweep")
+    elif not isinstance(sweep, ChoiceSweep):
+        raise BadValue(key, text, lists)
+    try:
+        found = list(itertools.islice(override.sweep_string_iterator(), MAX_JOBS + 1))
+    except (HydraException, ValueError, TypeError, ArithmeticError):
+        found = []
+    if not found:
+        raise BadValue(key, text, lists)
+    return found
+
+
 def expand(arguments: Sequence[str], multirun: bool) -> list[list[str]]:
     """The override lists of every job: one, or the product of all sweeps with ``-m``."""
     axes: list[list[str]] = []
@@ -126,7 +146,7 @@ def expand(arguments: Sequence[str], multirun: bool) -> list[list[str]]:
             key = override.get_key_element()
             if not multirun:
                 raise BadValue(key, override.get_value_string(), "one value, or add -m to sweep")
-            axes.append([f"{key}={v}" for v in override.sweep_string_iterator()])
+            axes.append([f"{key}={v}" for v in swept(override)])
         else:
             axes.append([override.input_line or ""])
     jobs = [list(job) for job in itertools.islice(itertools.product(*axes), MAX_JOBS + 1)]

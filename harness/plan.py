@@ -143,6 +143,8 @@ class Answer:
         text = f"largest context that starts, looked for up to {beyond}: "
         if failing is None:
             return f"{text}every one does"
+        if largest < 1:
+            return f"{text}none does"
         if failing == largest + 1:
             held = min(predict(self.spec.at(largest).filled(0.0)).pool_tokens, largest)
             room = "" if held == largest else f" (with room for {held:,})"

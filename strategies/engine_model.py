@@ -234,9 +234,13 @@ def tensor(
     return Item(phase, name, ((1, nbytes),), source, location, text)
 
 
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether a flag is unset, or a whole number from ``least`` on."""
-    return value is None or (type(value) is int and value >= least)
+MAX_COUNT = 2**31 - 1  # both engines keep counts of tokens and requests in int32
+COUNTS = f"a whole number from 1 to {MAX_COUNT}"
+
+
+def is_count(value: object, least: int = 1, most: int = MAX_COUNT) -> bool:
+    """Whether a flag is unset, or a whole number from ``least`` to ``most``."""
+    return value is None or (type(value) is int and least <= value <= most)
 
 
 def is_share(value: object) -> bool:

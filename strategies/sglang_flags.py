@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from strategies.engine_model import (
+    COUNTS,
     EngineModel,
     check_flag,
     is_count,
@@ -60,15 +61,11 @@ class SGLangFlags:
         for key in ("mem_fraction_static", "swa_full_tokens_ratio", "hybrid_kvcache_ratio"):
             check(key, "a number above 0, at most 1", is_share(getattr(self, key)))
         for key in ("max_running_requests", "max_total_tokens", "cuda_graph_max_bs"):
-            check(key, "a whole number from 1 on", is_count(getattr(self, key)))
+            check(key, COUNTS, is_count(getattr(self, key)))
         chunk = self.chunked_prefill_size
-        check(
-            "chunked_prefill_size",
-            "-1, or a whole number from 1 on",
-            chunk == -1 or is_count(chunk),
-        )
+        check("chunked_prefill_size", f"-1, or {COUNTS}", chunk == -1 or is_count(chunk))
         page = self.page_size
-        check("page_size", "a whole number from 1 to 4096", is_count(page) and 1 <= page <= 4096)
+        check("page_size", "a whole number from 1 to 4096", is_count(page, most=4096))
         backend = self.attention_backend
         check("attention_backend", ", ".join(BACKENDS), backend is None or backend in BACKENDS)
 

@@ -112,7 +112,7 @@ def decode_graph_batches(
     """
     limit = request_limit + (1 if version == "0.4.6.post5" else 0)
     if at_least(version, "0.5.3"):
-        top = max_bs or 0
+        top = min(max_bs or 0, limit + 512)  # what lies beyond the limit is cut off below
         sizes = [1, 2, 4, 8, 12, *range(16, 257, 8), *range(272, 512, 16), *range(512, top + 1, 32)]
         sizes = [*(s for s in sizes if s <= top), top]
     else:
@@ -133,8 +133,8 @@ def decode_graph_batches(
 def piecewise_sizes(max_tokens: int) -> int:
     """How many prefill token counts get a piecewise graph (``server_args.py:1657-1675@0.5.12``)."""
     sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
-    sizes += [*range(1280, 4097, 256), *range(4608, max_tokens + 1, 512)]
-    return sum(1 for size in sizes if size <= max_tokens)
+    sizes += range(1280, 4097, 256)
+    return sum(1 for size in sizes if size <= max_tokens) + len(range(4608, max_tokens + 1, 512))
 
 
 def request_table(version: str, context_tokens: int, request_limit: int) -> Item:

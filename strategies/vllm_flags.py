@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from strategies.engine_model import GIB, EngineModel, check_flag, is_count, is_share
+from strategies.engine_model import COUNTS, GIB, EngineModel, check_flag, is_count, is_share
 from strategies.vllm_tables import VERSIONS, at_least, uses_v2_runner
 
 AUTO = "auto"
@@ -49,8 +49,12 @@ class VLLMFlags:
         check("version", ", ".join(VERSIONS), self.version in VERSIONS)
         share = is_share(self.gpu_memory_utilization)
         check("gpu_memory_utilization", "a number above 0, at most 1", share)
-        for key in ("max_num_seqs", "max_num_batched_tokens", "kv_cache_memory_bytes"):
-            check(key, "a whole number from 1 on", is_count(getattr(self, key)))
+        for key in ("max_num_seqs", "max_num_batched_tokens"):
+            check(key, COUNTS, is_count(getattr(self, key)))
+        most, held = 2**63 - 1, self.kv_cache_memory_bytes
+        check(
+            "kv_cache_memory_bytes", f"a whole number from 1 to {most}", is_count(held, most=most)
+        )
         check("block_size", *self._block_rule())
         length = self.max_model_len
         check("max_model_len", "a number of tokens, or auto", length == AUTO or is_count(length))
@@ -58,7 +62,7 @@ class VLLMFlags:
         check("attention_backend", ", ".join(BACKENDS), backend is None or backend in BACKENDS)
         check("usage", "server, llm", self.usage in ("server", "llm"))
         ranks = self.decode_context_parallel_size
-        check("decode_context_parallel_size", "a whole number from 1 on", is_count(ranks))
+        check("decode_context_parallel_size", COUNTS, is_count(ranks))
 
     def _block_rule(self) -> tuple[str, bool]:
         """What the version allows as a block, and whether ours is."""

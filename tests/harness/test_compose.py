@@ -211,3 +211,27 @@ def test_threads_may_compose_at_once():
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(compose_config, words))
     assert [c.context for c in found] == [f"{n}K" for n in range(1, 9)]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "strategy=glob(*)",
+        "seed=glob(*)",
+        "seed=interval(0,1)",
+        "seed=range(5,0)",
+        "seed=range(0,5,0)",
+        "seed=range(0,100000000)",
+        "seed=range(0,10,1e-9)",
+        "seed=tag(x,range(0,100000000))",
+    ],
+)
+def test_a_sweep_without_an_end_or_a_value_is_refused(word):
+    with pytest.raises(BadValue) as refused:
+        expand([word], multirun=True)
+    assert str(refused.value).startswith(f"{word.partition('=')[0]}=")
+
+
+def test_a_range_counts_up_or_down():
+    assert expand(["seed=range(0,6,2)"], multirun=True) == [["seed=0"], ["seed=2"], ["seed=4"]]
+    assert expand(["seed=range(2,0,-1)"], multirun=True) == [["seed=2"], ["seed=1"]]

@@ -69,6 +69,25 @@ def test_a_shorter_context_is_called_one(capsys, words, said, unsaid):
     assert f"{int(tokens[0]):,} tokens" in advice
 
 
+@pytest.mark.parametrize("fraction", ["0.99", "1"])
+def test_no_context_starts_beside_too_large_a_pool(capsys, fraction):
+    words = ("strategy=sglang", f"strategy.mem_fraction_static={fraction}", "hardware=h200")
+    code, out, err = ask(capsys, *words)
+    assert (code, err) == (0, "")
+    assert "largest context that starts, looked for up to 160M: none does" in out
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["chunked_prefill_size", "cuda_graph_max_bs", "max_running_requests", "max_total_tokens"],
+)
+def test_flags_end_where_the_engines_integers_do(capsys, flag):
+    words = ("strategy=sglang", "hardware=h200")
+    assert ask(capsys, *words, f"strategy.{flag}={2**31 - 1}")[0] == 0
+    code, _, err = ask(capsys, *words, f"strategy.{flag}={2**31}")
+    assert code != 0 and err.startswith(f"harness.plan: strategy.{flag}={2**31}: ")
+
+
 def test_json_has_the_shape_of_a_summary(capsys):
     words = ("-m", "strategy=static,paged,eager_pages,sglang,vllm", "hardware=h200", "json=true")
     code, out, _ = ask(capsys, *words)
