@@ -19,7 +19,7 @@ REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 LEAST_TOKENS = 128  # a context below a page is no advice
-SEQUENCES = (256, 64, 16)
+SEQUENCES = (512, 256, 128, 64, 32, 16)
 FEW_REQUESTS = 16
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
 
