@@ -183,7 +183,7 @@ def _measured_gain(evidence: Evidence, ran: list[Gain]) -> Verdict:
     ids = {t for g in most.values() for t in (*g.pages.trials, *g.heads.trials)}
     return Verdict(
         SUPPORTED if len(more) == len(most) else CONDITIONAL if more else REFUTED,
-        f"where ranks exceed the KV heads: {text}",
+        f"pages spread over ranks, against heads: {text}",
         tuple(r for r in evidence.every if r["trial_id"] in ids),
         round(max(g.ratio for g in most.values()), 2),
     )

@@ -62,7 +62,7 @@ class Trace:
     """Requests in order of arrival.
 
     ``digest`` is the SHA-256 of the text that was read. ``prefix_hashes`` counts the ids of prefix
-    blocks over all requests, ``prefix_hashes_repeated`` those that an earlier request had; blocks
+    blocks over all requests, ``prefix_hashes_repeated`` those that stood before in the file; blocks
     are not shared.
     """
 
@@ -89,7 +89,7 @@ class Trace:
 
 
 def read_trace(path: str | Path | None = None, limit: int | None = None) -> Trace:
-    """The first ``limit`` requests of a file, by arrival; of the bundled sample without a path.
+    """The first ``limit`` requests in a file, put in order; of the bundled sample without a path.
 
     Raises
     ------

@@ -30,7 +30,7 @@ words_of() {  # the command line of a step; none where it cannot be taken here
         "sweep.contexts=[1M,$CONTEXT]" experiment.name=scout) ;;
     nccl)
       [ "$HARDWARE" != scale_model ] || return 0
-      # One of 8 ranks, alone in its group: its collectives are launched and timed.
+      # One of 8 ranks, alone in its group: its collectives go through NCCL.
       words=(strategy=paged parallel=tp parallel.processes=1 parallel.backend=nccl
         context=100K "sweep.contexts=[100K]" "${one_size[@]}" experiment.name=nccl) ;;
     requests_128)  # the most with which SGLang starts there, and so the most that graphs cost

@@ -54,6 +54,13 @@ def test_what_failed_once_is_not_ok():
     assert bracket(reversed(answers)) == bracket(answers)
 
 
+def test_a_context_that_was_held_is_not_where_holding_fails():
+    rows = [cell("static", 5_000_000, 1.0, purpose="resident")]
+    start = bracket([(5_000_000, "ok"), (5_000_000, "oom"), (1_000_000, "ok")])
+    assert start == {"ok": 1_000_000, "not_ok": 5_000_000, "limited_by": "oom"}
+    assert resident(rows, start)["not_ok"] is None
+
+
 def test_what_a_trial_that_died_would_have_said_is_unknown():
     assert bracket([(5, "ok"), (9, "")]) == {"ok": 5, "not_ok": None, "limited_by": ""}
     rows = [cell("paged", 2_000_000, 1.0), cell("paged", 5_000_000, 1.0, status="timeout")]
