@@ -58,13 +58,14 @@ class Remedy:
     points : dict of str to Point
         By the keys of :data:`POINTS`; one that nobody looked for is absent.
     tokens_per_second, at_tokens : float or None
-        Attention decode at the longest resident length that was timed.
+        Attention decode at the longest resident length that was timed; where the base was timed at
+        other lengths too, at the longest that both have.
     untimed : str
         Why there is no rate; ``""`` where there is one.
     base, difference : str
         The earlier arm that differs from this one by one thing, and that thing; ``""`` for none.
     base_rate : float or None
-        The base's rate, where it was timed at the same length.
+        The base's rate at that length, where it was timed there.
     token_bytes : float or None
         K/V bytes of a token, of the modelled device.
     trials : tuple of str
@@ -98,20 +99,22 @@ def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
     out: list[Remedy] = []
     sources = Sources(rows)
     settings: list[dict[str, str]] = []
+    timed: dict[str, dict[float, float]] = {}
     for name, one in strategies(summary):
         own, arm = _rows_of(name, rows)
         if own.empty and not rows.empty:  # of another experiment whose rows the run holds too
             continue
         setting = _setting(own)
-        rate, at = _price(one)
+        rates = _rates(one)
         base, difference = "", ""
         for earlier, other in zip(reversed(out), reversed(settings), strict=True):
             what = _differences(other, setting) if _comparable(other, setting) else []
             if len(what) == 1:
                 base, difference = earlier.name, what[0]
                 break
-        before = next((r for r in out if r.name == base), None)
-        same = before is not None and before.at_tokens == at
+        beside = timed.get(base, {})
+        at = max(rates.keys() & beside.keys() or rates, default=None)
+        rate = None if at is None else rates[at]
         out.append(
             Remedy(
                 _own_name(name, arm, [n for n, _ in strategies(summary)]),
@@ -123,11 +126,12 @@ def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
                 "" if rate else _why_untimed(own),
                 base,
                 difference,
-                before.tokens_per_second if same and before else None,
+                None if at is None else beside.get(at),
                 _token_bytes(own),
                 tuple(sources.decode(name, at)) if rate else (),
             )
         )
+        timed[out[-1].name] = rates
         settings.append(setting)
     return out
 
@@ -214,16 +218,16 @@ def _points(one: dict[str, Any]) -> Iterator[tuple[str, Point]]:
             yield key, Point(float(ok), upper, str(lookup(one, key, "limited_by", default="")))
 
 
-def _price(one: dict[str, Any]) -> tuple[float | None, float | None]:
-    """Return the decode rate at the longest resident length that was timed, and that length."""
+def _rates(one: dict[str, Any]) -> dict[float, float]:
+    """Return the decode rate at each resident length that was timed."""
     timed = lookup(one, "decode", default=[])
-    best: tuple[float | None, float | None] = (None, None)
+    found: dict[float, float] = {}
     for item in timed if isinstance(timed, list) else []:
         at = lookup(item, "resident_tokens")
         rate = lookup(item, "attention_decode_tokens_per_second")
-        if known(at) and known(rate) and rate > 0 and (best[1] is None or at > best[1]):
-            best = float(rate), float(at)
-    return best
+        if known(at) and known(rate) and rate > 0:
+            found.setdefault(float(at), float(rate))
+    return found
 
 
 def _why_untimed(own: pd.DataFrame) -> str:

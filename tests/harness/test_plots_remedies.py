@@ -145,6 +145,19 @@ def test_the_table_holds_every_arm_its_points_and_its_price():
     ]
 
 
+def test_a_price_is_compared_at_a_length_that_both_were_timed_at():
+    def decode(*pairs):
+        keys = ("resident_tokens", "attention_decode_tokens_per_second")
+        return {"decode": [dict(zip(keys, pair, strict=True)) for pair in pairs]}
+
+    both = [arm("flat_kv", "paged"), arm("hybrid_kv", "paged", hybrid=1)]
+    flat, hybrid = decode((1e6, 331.0), (5e6, 70.0)), decode((1e6, 989.0), (1e7, 145.0))
+    entries = {"paged, flat_kv": flat, "paged, hybrid_kv": hybrid}
+    shown = remedies(frame(both), {"strategies": entries})
+    prices = [(one.tokens_per_second, one.at_tokens, one.base_rate) for one in shown]
+    assert prices == [(70.0, 5e6, None), (989.0, 1e6, 331.0)]
+
+
 def test_other_runs_have_no_such_table():
     other = frame([cell("paged", 1_000_000, 1.0)])
     assert remedies_table(other, SUMMARY).rows == ()
