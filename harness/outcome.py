@@ -66,9 +66,9 @@ def tell(
 
     print(f"\n{sweep_table(load_run(folder.path).rows)}")
     print(f"\nOOM points (tokens)\n{oom_points_table(summary)}")
-    ranks = scaling_table(folder.rows)
-    if ranks:
-        print(f"\nRanks\n{ranks}")
+    scaled = scaling_table(folder.rows)
+    if scaled.rows:
+        print(f"\n{scaled.text()}")
     decided = [c for c in summary["claims"] if c["verdict"] != "undecided"]
     # What formulas alone decide is no news after a sweep.
     if settings[0].experiment != "claims":

@@ -15,6 +15,7 @@ from harness.plots_throughput import ATTENTION_ONLY, SPEED_OF_SCALE_MODEL
 from harness.ranks_scaling import Scaled, scaling
 from harness.runs import frame
 from harness.series import is_scale_model
+from harness.sources import as_written
 from harness.tabular import short_tokens
 
 SPLITS = {
@@ -37,7 +38,7 @@ def figure_capacity_over_ranks(rows: pd.DataFrame) -> Figure:
     -------
     matplotlib.figure.Figure
     """
-    found = scaling(_records(rows))
+    found = scaling(as_written(frame(rows)))
     models = sorted({s.model for s in found})
     figure = style.new_figure(0.8 + 1.7 * len(models), len(models), 2, sharex=True)
     for row, model in enumerate(models):
@@ -62,14 +63,6 @@ def figure_capacity_over_ranks(rows: pd.DataFrame) -> Figure:
     style.legend(figure, _handles(found))
     style.badge(figure, SPEED_OF_SCALE_MODEL if is_scale_model(frame(rows)) else ATTENTION_ONLY)
     return figure
-
-
-def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as they were written: None for empty."""
-    return [
-        {str(k): None if v == "" or v != v else v for k, v in row.items()}
-        for row in frame(rows).to_dict("records")
-    ]
 
 
 def _split(one: Scaled) -> str:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.ranks_summary import held_tokens, per_trial
 from harness.rows import Row
 from harness.summary import started
+
+if TYPE_CHECKING:
+    from harness.tabular import Table
 
 Key = tuple[str, str, int, int]
 
@@ -130,14 +133,14 @@ def gains(rows: Iterable[Row]) -> list[Gain]:
     ]
 
 
-def scaling_table(rows: Iterable[Row]) -> str:
-    """The table of a run on several numbers of ranks; empty for any other run."""
+def scaling_table(rows: Iterable[Row]) -> Table:
+    """The table of a run on several numbers of ranks; no lines for any other run."""
     from harness.tabular import EMPTY, Table
 
     rows = list(rows)
     found = scaling(rows)
     if len({(s.ranks, s.context_ranks) for s in found}) < 2:
-        return ""
+        found = []
     ratios = {g.pages: g.ratio for g in gains(rows)}
 
     def number(value: Any, text: str) -> str:  # noqa: ANN401
@@ -180,4 +183,4 @@ def scaling_table(rows: Iterable[Row]) -> str:
         "and collectives of all layers, no other work of a model, slowest rank; medians, in "
         "brackets the interquartile range.",
     )
-    return Table("", columns, tuple(lines), notes).text()
+    return Table("Scaling", columns, tuple(lines), notes)

@@ -15,11 +15,12 @@ SHOWN = 3
 
 def arms_of(rows: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return the rows of each arm by the name that summary.json gives it."""
-    records = [row | {"_at": at} for at, row in zip(rows.index, _as_written(rows), strict=True)]
+    records = [row | {"_at": at} for at, row in zip(rows.index, as_written(rows), strict=True)]
     return {name: rows.loc[[r["_at"] for r in own]] for name, own in arms(records).items()}
 
 
-def _as_written(rows: pd.DataFrame) -> list[Row]:
+def as_written(rows: pd.DataFrame) -> list[Row]:
+    """Return rows as a run writes them: None for empty, whole numbers as int."""
     return [{k: _plain(v) for k, v in row.items()} for row in rows.to_dict("records")]
 
 
@@ -42,7 +43,7 @@ class Sources:
     def __init__(self, rows: pd.DataFrame) -> None:
         self.arms: dict[str, list[Row]] = {
             name: per_trial(r for r in own if r["trial_id"])
-            for name, own in arms(_as_written(rows)).items()
+            for name, own in arms(as_written(rows)).items()
         }
 
     def end(self, arm: str, point: str, tokens: object, ok: bool) -> list[str]:

@@ -58,6 +58,8 @@ def test_the_gain_of_pages_is_how_often_heads_are_copied(run):
 
 def test_the_run_ends_with_the_table_and_its_figure(run):
     run, said = run
+    report = (run.folder / "report.md").read_text()
+    assert "## Scaling" in report and "pages / heads" in report
     assert "pages x 16, heads x 4" in said
     assert (run.folder / "figures" / "capacity_over_ranks.svg").is_file()
 
@@ -101,7 +103,7 @@ def test_c19_is_decided_by_ranks_that_ran():
 
 
 def test_one_number_of_ranks_makes_no_table():
-    assert scaling_table([planned("report", "tp", 8)]) == ""
+    assert scaling_table([planned("report", "tp", 8)]).rows == ()
 
 
 def test_times_are_told_with_their_spread():
@@ -114,7 +116,7 @@ def test_times_are_told_with_their_spread():
         "parallel_decode_step_ms": 3.5,  # a row of before there was a spread
     }
     rows = [whole | times, planned("report", "context", 8)]
-    (line,) = [s for s in scaling_table(rows).splitlines() if "(0.250)" in s]
+    (line,) = [s for s in scaling_table(rows).text().splitlines() if "(0.250)" in s]
     assert " ".join(line.split()).endswith(" 2.000 (0.250) 1.000 (0.125) 3.500")
 
 
