@@ -232,8 +232,5 @@ def choose_vllm(evidence: Evidence) -> Verdict:
     if parts["C18"].verdict == SUPPORTED:
         said.append("with 16 running requests SGLang starts at 10M too")
     if parts["C11"].verdict == CONDITIONAL:
-        said.append(
-            "whether vLLM starts is decided by the K/V bytes of one request, beside its weights "
-            "and gpu_memory_utilization (C11)"
-        )
+        said.append(f"with vLLM {parts['C11'].measured} (C11)")
     return Verdict(CONDITIONAL, "; ".join(said) or "as C9, C10, C11 and C18 say", rows)

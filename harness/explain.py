@@ -67,10 +67,12 @@ def _line(text: str) -> str:
 def explain(options: argparse.Namespace) -> str:
     """The whole answer; raises :class:`BadValue`."""
     facts: LogFacts | None = None
+    typed = parse_command(options.command) if options.command is not None else None
     if options.log is not None:
-        facts = read_log(read_text(options.log, "LOG", MAX_LOG_BYTES))
-    if options.command is not None:
-        launch = _with_log(parse_command(options.command), facts)
+        engine = typed.engine if typed is not None else None
+        facts = read_log(read_text(options.log, "LOG", MAX_LOG_BYTES), engine=engine)
+    if typed is not None:
+        launch = _with_log(typed, facts)
     elif facts is not None:
         launch = facts.launch
     else:

@@ -99,8 +99,16 @@ class LogFacts:
     pool_tokens: int = 0
 
 
-def read_log(text: str, key: str = "LOG") -> LogFacts:
+def read_log(text: str, key: str = "LOG", engine: str | None = None) -> LogFacts:
     """Read a log of either engine.
+
+    Parameters
+    ----------
+    text : str
+    key : str
+        What an error calls the log.
+    engine : str, optional
+        Whose log it is where the text does not say, as an out-of-memory message alone does not.
 
     Raises
     ------
@@ -108,7 +116,7 @@ def read_log(text: str, key: str = "LOG") -> LogFacts:
         When it is the log of neither: no line of a start, no refusal, nothing out of memory.
     """
     found = lines(text)
-    engine = _engine(found)
+    engine = _engine(found) or engine
     if engine is None or not any(map(_is_of_a_start, found)):
         allowed = "a start-up log of SGLang or vLLM, or its out-of-memory message or refusal"
         raise BadValue(key, "(its text)", allowed)

@@ -47,6 +47,20 @@ def test_the_message_alone_is_enough(capsys, log_file):
     assert "req_to_token" in rows["ate"]
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "sglang serve --model-path M --context-length 10000000 --kv-cache-dtype fp8_e4m3",
+        "vllm serve M --max-model-len 10000000 --kv-cache-dtype fp8",
+    ],
+)
+def test_the_command_says_whose_message_it_is(capsys, log_file, config_file, command):
+    words = (log_file(OOM), "--command", command, "--config", config_file())
+    rows, _ = answered(capsys, *words)
+    assert command.split()[0] in rows["engine"].lower()
+    assert "out of memory" in rows["log says"]
+
+
 def test_a_failure_in_the_table_itself_is_named(log_file):
     text = ARGS.format(context=10000000, requests=None)
     text += TRACE.format(line=149, function="__init__") + OOM
