@@ -58,7 +58,7 @@ def test_the_command_says_whose_message_it_is(capsys, log_file, config_file, com
     words = (log_file(OOM), "--command", command, "--config", config_file())
     rows, _ = answered(capsys, *words)
     assert command.split()[0] in rows["engine"].lower()
-    assert "out of memory" in rows["log says"]
+    assert "out of memory" in rows["log"]
 
 
 def test_a_failure_in_the_table_itself_is_named(log_file):
