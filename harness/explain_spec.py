@@ -108,6 +108,8 @@ def engine_flag(engine: str, key: str, value: str) -> str:
     name = f"--{key.replace('_', '-')}"
     if value == "true":
         return name
+    if value == "null":
+        return f"without {name}"
     if engine == "vllm" and key == "kv_cache_dtype":
         return f"{name} fp8"
     return f"{name} {value}"

@@ -19,6 +19,16 @@ REQUESTS = (1024, 512, 256, 128, 64, 32, 16, 8, 4, 2, 1)
 FRACTIONS = (0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.4, 0.3, 0.2, 0.1)
 LOWER_UTILIZATIONS = (0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 LEAST_TOKENS = 128  # a context below a page is no advice
+# How much memory goes where: the engine's own default may do what a given value does not.
+TAKEN_BACK = {
+    "sglang": (
+        "max_total_tokens",
+        "mem_fraction_static",
+        "chunked_prefill_size",
+        "cuda_graph_max_bs",
+    ),
+    "vllm": ("kv_cache_memory_bytes", "gpu_memory_utilization", "max_num_batched_tokens"),
+}
 SEQUENCES = (512, 256, 128, 64, 32, 16)
 FEW_REQUESTS = 16
 UTILIZATIONS = (0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98)
@@ -120,7 +130,10 @@ def _with_figures(costs: str, made: Prediction) -> str:
 
 
 def _candidates(spec: PlanSpec) -> Iterator[Candidate]:
-    """All candidates of the strategy, and K/V in 8 bits."""
+    """Given flags taken back, all candidates of the strategy, and K/V in 8 bits."""
+    for key in TAKEN_BACK.get(spec.strategy, ()):
+        if spec.options.get(key) is not None:
+            yield ((key, "null"),), "the engine's own default", spec.with_options(**{key: None})
     if spec.strategy == "sglang":
         yield from _sglang(spec)
     elif spec.strategy == "vllm":

@@ -61,6 +61,14 @@ def test_the_command_says_whose_message_it_is(capsys, log_file, config_file, com
     assert "out of memory" in rows["log"]
 
 
+def test_a_flag_is_taken_back_in_words(capsys, config_file):
+    command = "vllm serve M --max-model-len 10000000 --kv-cache-dtype fp8 --max-num-seqs 16"
+    command += " --kv-cache-memory-bytes 100000000000"
+    rows, _ = answered(capsys, "--command", command, "--config", config_file(), "--gpu", "h200")
+    assert rows["change"].partition("  (")[0].startswith("change")
+    assert "without --kv-cache-memory-bytes " in rows["change"]
+
+
 def test_a_failure_in_the_table_itself_is_named(log_file):
     text = ARGS.format(context=10000000, requests=None)
     text += TRACE.format(line=149, function="__init__") + OOM

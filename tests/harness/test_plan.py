@@ -69,6 +69,23 @@ def test_a_shorter_context_is_called_one(capsys, words, said, unsaid):
     assert f"{int(tokens[0]):,} tokens" in advice
 
 
+@pytest.mark.parametrize(
+    ("words", "flag"),
+    [
+        (["strategy=vllm", "strategy.max_num_seqs=16"], "kv_cache_memory_bytes=100000000000"),
+        (["strategy=vllm", "strategy.max_num_seqs=16"], "gpu_memory_utilization=1"),
+        (["strategy=sglang", "context=131072"], "mem_fraction_static=0.02"),
+        (["strategy=sglang", "strategy.max_running_requests=16"], "max_total_tokens=5000000"),
+    ],
+)
+def test_a_given_flag_that_stands_in_the_way_is_taken_back(capsys, words, flag):
+    words = [*words, "hardware=h200", "model=qwen3_30b_a3b"]
+    assert "smallest change" not in ask(capsys, *words)[1]  # the engine's own default does it
+    _, out, _ = ask(capsys, *words, f"strategy.{flag}")
+    (line,) = [x for x in out.splitlines() if x.startswith("smallest change that lets it")]
+    assert f": {flag.partition('=')[0]}=null  (the engine's own default; " in line
+
+
 @pytest.mark.parametrize("fraction", ["0.99", "1"])
 def test_no_context_starts_beside_too_large_a_pool(capsys, fraction):
     words = ("strategy=sglang", f"strategy.mem_fraction_static={fraction}", "hardware=h200")
