@@ -106,10 +106,11 @@ def confirm_bracket(
 
     while True:
         closed = close_bracket(first, guess_tokens, chunk_tokens, smallest, largest)
+        ends = [end for end in (closed.ok, closed.not_ok) if end is not None]
         for repeat in range(1, repeats):
-            for end in (closed.ok, closed.not_ok):
-                answer = "ok" if end is None else test(end, repeat)
-                if end is not None and answer not in ("ok", ""):
+            for end in ends:
+                answer = test(end, repeat)
+                if answer not in ("ok", ""):
                     failed[end] = answer
         if closed.ok not in failed:
             return closed

@@ -167,8 +167,7 @@ def _died(cell: Cell, start: Start, log: str) -> Row:
         return {"status": "timeout", "error": f"killed after {limit:g} s", "oom_phase": last}
     before, after = ended.get("oom_kills_before"), ended.get("oom_kills_after")
     row = died(ended["code"], (after or 0) > (before or 0), "", log) | {"oom_phase": last}
-    if row["error"] is None or not row["error"].strip():
-        row["error"] = f"the engine ended with code {ended['code']}, without a word"
+    row["error"] = row["error"] or f"the engine ended with code {ended['code']}, without a word"
     return row
 
 
