@@ -68,7 +68,7 @@ def run_job(
     if job.cells[0].real:
         from harness.engines.launch import run_engine
 
-        return run_engine(job, scratch, on_record)
+        return run_engine(job, scratch, on_record, spares.engines if spares else None)
     parallel = job.cells[0].settings.parallel
     if parallel.planned:
         from harness.ranks_planned import planned_outcome

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from harness.engines.keepers import Keepers
 from harness.lock import held_files
 from harness.settings import Settings
 
@@ -33,6 +34,7 @@ class Spares:
     def __init__(self, count: int = COUNT) -> None:
         self.count = count
         self.waiting: list[subprocess.Popen[bytes]] = []
+        self.engines = Keepers()
 
     def prepare(self, environment: dict[str, str]) -> None:
         """Start what is missing: processes that import what a trial needs and wait."""
@@ -66,6 +68,7 @@ class Spares:
 
     def close(self) -> None:
         """End the waiting processes: they read the end of their input."""
+        self.engines.close()
         while self.waiting:
             process = self.waiting.pop()
             assert process.stdin is not None

@@ -1,8 +1,9 @@
-"""Keeps one engine: ``python -m harness.engines.keeper SPEC`` (started by the harness).
+"""Keeps one engine: ``python -m harness.engines.keeper PARENT PYTHON ADAPTER``.
 
-Starts the engine in a process group of its own, ends it when its time is up, when it is told to
-(SIGTERM) or when the harness dies, and leaves no process of it behind: orphans of the engine are
-re-parented to the keeper, whatever session they went to, and killed. Imports nothing but the
+Starts the engine in a process group of its own, reads the path of its spec from standard input,
+ends the engine when its time is up, when it is told to (SIGTERM), when the input ends without a
+spec or when the harness (PARENT) dies, and leaves no process of it behind: orphans of the engine
+are re-parented to the keeper, whatever session they went to, and killed. Imports nothing but the
 standard library: it must start at once and hold no memory. The engine is given neither our
 PYTHONPATH nor our working folder: packages of ours have names that others look for (``kernels``).
 """
@@ -29,43 +30,48 @@ POLL_SECONDS = 0.05
 REAP_SECONDS = 60.0
 
 
-def main(path: str) -> int:
-    """Run the engine that a spec describes, and record how it ended."""
-    spec: dict[str, Any] = json.loads(Path(path).read_text())
+def main(parent: int, command: list[str]) -> int:
+    """Start the engine, wait for the spec, hand it over, and record how the engine ended."""
     told: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: told.append(number))
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
     _prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != spec["parent"]:  # it died before the call
+    if os.getppid() != parent:  # it died before the call
         return 1
-    before = oom_kills()
-    began = time.monotonic()
-    ended: dict[str, Any] = {"code": 127, "timed_out": False, "left": 0}
+    engine = fault = None
     try:
         engine = subprocess.Popen(
-            spec["command"],
-            stdin=subprocess.DEVNULL,
-            cwd=spec["folder"],
+            command,
+            stdin=subprocess.PIPE,
+            cwd="/",
             env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
             start_new_session=True,
             preexec_fn=_die_with_keeper,
         )
     except OSError as error:
-        print(f"{spec['command'][0]}: cannot be started ({error.strerror})", flush=True)
+        fault = f"{command[0]}: cannot be started ({error.strerror})"
+    path = sys.stdin.readline().strip()
+    if not path:  # no start is wanted any more
+        _end(engine)
+        return 0
+    spec: dict[str, Any] = json.loads(Path(path).read_text())
+    before = oom_kills()
+    began = time.monotonic()
+    ended: dict[str, Any] = {"code": 127, "timed_out": False, "left": 0}
+    if engine is None:
+        print(fault, flush=True)
     else:
+        assert engine.stdin is not None
+        with contextlib.suppress(OSError):  # it has died; how is read below
+            engine.stdin.write(f"{spec['start']}\n".encode())
+            engine.stdin.close()
         while engine.poll() is None and not told:
             if time.monotonic() - began > spec["timeout_seconds"]:
                 ended["timed_out"] = True
                 break
             time.sleep(POLL_SECONDS)
-        running = engine.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(engine.pid, signal.SIGKILL)
-        if running:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                engine.wait(REAP_SECONDS)
+        ended["left"] = _end(engine)
         ended["code"] = engine.returncode if engine.returncode is not None else -signal.SIGKILL
-        ended["left"] = _end_children()
     kills = {"oom_kills_before": before, "oom_kills_after": oom_kills()}
     seconds = round(time.monotonic() - began, 3)
     record = {"type": "ended", "seconds": seconds, **ended, **kills}
@@ -73,6 +79,19 @@ def main(path: str) -> int:
     with open(spec["records"], "a", encoding="utf-8") as out:
         out.write(json.dumps(record) + "\n")
     return 0
+
+
+def _end(engine: subprocess.Popen[bytes] | None) -> int:
+    """End the engine and all that it started; how many it had left behind."""
+    if engine is None:
+        return 0
+    running = engine.poll() is None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(engine.pid, signal.SIGKILL)
+    if running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            engine.wait(REAP_SECONDS)
+    return _end_children()
 
 
 def _prctl(option: int, value: int) -> None:
@@ -122,4 +141,4 @@ def _children() -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))

@@ -1,10 +1,11 @@
 """How a start is asked for, and what comes back: one JSON object a line.
 
 A start takes three processes. The harness runs a *keeper* (:mod:`harness.engines.keeper`), which
-runs an *adapter* (:mod:`harness.engines.adapters`) by the engine's own Python. Keeper and adapter
-append records to one file, each flushed as it happens, so that a killed start loses nothing.
+runs an *adapter* (:mod:`harness.engines.adapters`) by the engine's own Python. Each reads the path
+of its spec, a line of standard input, once it is ready. Keeper and adapter append records to one
+file, each flushed as it happens, so that a killed start loses nothing.
 
-**Spec** (the adapter's only argument is its path)::
+**Spec of the adapter**; the keeper's has its path, the records and timeout_seconds::
 
     engine     sglang | vllm
     version    the version that is wanted; another one is not started
@@ -13,7 +14,7 @@ append records to one file, each flushed as it happens, so that a killed start l
     gpu_uuid   the GPU to read, "" for the first
     records    the file to append to
 
-**Records of the adapter**, each with ``type`` and ``seconds`` since it began::
+**Records of the adapter**, each with ``type`` and ``seconds`` since it began, waiting left out::
 
     began      engine, version, torch, python, nvml_used_bytes (before anything)
                Only for a version that the adapter knows: this line makes a start a real one.

@@ -1,7 +1,8 @@
 """A process in an engine's place: starts, refuses, fails, hangs, dies, or leaves a grandchild.
 
-Run as ``engine_stand_in.py BEHAVIOUR ADAPTER SPEC``. Its records are those of the adapters' own
-recorder, over a torch and an NVML that are made up here; no figure of it is a measurement.
+Run as ``engine_stand_in.py BEHAVIOUR ADAPTER``, the spec's path on standard input. Its records are
+those of the adapters' own recorder, over a torch and an NVML that are made up here; no figure of it
+is a measurement.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def name_of(frames: list[dict[str, object]]) -> str:
     return names.get(str(own[0]["name"]), "weights") if own else ""
 
 
-def run_adapter(memory: Memory, adapter: str, spec: str, moved: bool) -> None:
+def run_adapter(memory: Memory, adapter: str, moved: bool) -> None:
     """Run the adapter itself against a made-up engine; it ends the process."""
     import runpy
 
@@ -106,11 +107,11 @@ def run_adapter(memory: Memory, adapter: str, spec: str, moved: bool) -> None:
 
     engine = os.path.basename(adapter).removeprefix("start_").removesuffix(".py")
     getattr(made_up_engines, engine)(memory, VERSIONS[engine][-1], moved)
-    sys.argv = [adapter, spec]
+    sys.argv = [adapter]
     runpy.run_path(adapter, run_name="__main__")
 
 
-def main(behaviour: str, adapter: str, spec: str) -> None:
+def main(behaviour: str, adapter: str) -> None:
     if behaviour == "dies":
         os.kill(os.getpid(), signal.SIGSEGV)
     if behaviour == "hangs":
@@ -123,10 +124,11 @@ def main(behaviour: str, adapter: str, spec: str) -> None:
     memory = Memory()
     made_up_modules(memory)
     if behaviour.startswith("adapter"):
-        run_adapter(memory, adapter, spec, moved=behaviour == "adapter_moved")
+        run_adapter(memory, adapter, moved=behaviour == "adapter_moved")
+    from awaited import awaited_spec
     from recorder import VERSIONS, Recorder
 
-    recorder = Recorder(spec, "sglang")
+    recorder = Recorder(awaited_spec()[0], "sglang")
     with recorder.guarded(("Not enough memory",), name_of, lambda: {"kv_pool": 96}):
         version = "9.9" if behaviour == "unknown_version" else VERSIONS["sglang"][-1]
         recorder.begin(version)
@@ -163,4 +165,4 @@ def main(behaviour: str, adapter: str, spec: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    main(*sys.argv[1:3])

@@ -17,7 +17,8 @@ from harness.cell import Cell
 from harness.columns import ordered
 from harness.compose import compose_config
 from harness.engines.choose import chosen, engine_of
-from harness.engines.launch import environment, flags_of, run_engine
+from harness.engines.keepers import Keepers, environment
+from harness.engines.launch import flags_of, run_engine
 from harness.engines.protocol import BadRecord, checked, read_start
 from harness.engines.stand_in import stand_in
 from harness.launch import Job
@@ -41,7 +42,7 @@ def settings(*words):
 def python(folder, behaviour):
     """A script in the place of an engine's Python, which runs the stand-in."""
     path = folder / f"python-{behaviour}"
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {behaviour} "$@"\n')
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_IN} {behaviour} "$@" {path}\n')
     path.chmod(0o755)
     return str(path)
 
@@ -155,6 +156,23 @@ def test_a_killed_harness_takes_the_engine_with_it(tmp_path):
     process.wait()
     until(lambda: not processes_of(tmp_path))
     assert engine
+
+
+def test_an_engine_that_waits_takes_the_next_start_and_leaves_nothing_when_none_comes(tmp_path):
+    keepers, pids = Keepers(), []
+    job = Job([cell(tmp_path, "starts", FEW)], {"experiment": "real_engines"})
+    for number in range(2):
+        waiting = next(iter(keepers.waiting.values()), None)
+        outcome = run_engine(job, tmp_path / f"trial-{number}", keepers=keepers)
+        (row,) = outcome.rows
+        assert row["status"] == "ok", row["error"]
+        assert outcome.samples[0]["ready"]["settings"]["cwd"] == str(tmp_path / f"trial-{number}")
+        pids.append(waiting and waiting.process.pid)
+        assert waiting is None or waiting.process.returncode == 0
+    assert pids[0] is None and pids[1] is not None
+    assert processes_of(tmp_path)
+    keepers.close()
+    assert not processes_of(tmp_path)
 
 
 def names(outcome):

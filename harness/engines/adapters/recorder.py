@@ -51,15 +51,17 @@ class Recorder:
         The spec, as :mod:`harness.engines.protocol` describes it.
     engine : str
         ``sglang`` or ``vllm``; its package has the same name.
+    loading_seconds : float
+        What the start had taken before: every ``seconds`` of the records counts it.
     """
 
-    def __init__(self, spec_path: str, engine: str) -> None:
+    def __init__(self, spec_path: str, engine: str, loading_seconds: float = 0.0) -> None:
         with open(spec_path, encoding="utf-8") as file:
             self.spec: dict[str, Any] = json.load(file)
         self.engine = engine
         self.version = ""
         self._out = open(self.spec["records"], "a", encoding="utf-8")  # noqa: SIM115
-        self._began = time.monotonic()
+        self._began = time.monotonic() - loading_seconds
         self._lock = threading.Lock()
         self._nvml: Any = None
         self._handle: Any = None
@@ -360,18 +362,15 @@ class Recorder:
 
 
 def record_start(
-    path: str,
     engine: str,
     make: Callable[[Recorder], Any],
     refusals: tuple[str, ...],
     name_of: Callable[[list[dict[str, Any]]], str],
 ) -> None:
-    """Start the engine that a spec describes, and end; the records say how it went.
+    """Start the engine that the awaited spec describes, and end; the records say how it went.
 
     Parameters
     ----------
-    path : str
-        The spec.
     engine : str
         As for :class:`Recorder`.
     make : callable
@@ -379,7 +378,12 @@ def record_start(
     refusals, name_of
         As for :meth:`Recorder.guarded`.
     """
-    recorder = Recorder(path, engine)
+    from awaited import awaited_spec
+
+    path, loading_seconds = awaited_spec()
+    if not path:  # no start is wanted any more
+        return
+    recorder = Recorder(path, engine, loading_seconds)
     start = make(recorder)
     with recorder.guarded(refusals, name_of, start.failed):
         start.run()

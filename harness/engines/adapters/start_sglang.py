@@ -1,13 +1,12 @@
 """Starts SGLang as its own scheduler process does, and records what it allocates.
 
-Run by SGLang's own Python as a script: ``python start_sglang.py SPEC``
-(:mod:`harness.engines.protocol`). Knows the internals of one release; see ``VERSIONS``.
+Run by SGLang's own Python as a script: ``python start_sglang.py``, the spec's path on standard
+input (:mod:`harness.engines.protocol`). Knows the internals of one release; see ``VERSIONS``.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 from recorder import MIB, record_start, source_line, source_name
 
@@ -182,4 +181,4 @@ def name_of(frames: list[dict[str, Any]]) -> str:
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record_start(sys.argv[1], "sglang", Start, REFUSALS, name_of)
+    record_start("sglang", Start, REFUSALS, name_of)

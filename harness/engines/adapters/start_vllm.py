@@ -1,13 +1,12 @@
 """Starts vLLM as ``vllm serve`` configures it, in this process, and records what it allocates.
 
-Run by vLLM's own Python as a script: ``python start_vllm.py SPEC``
+Run by vLLM's own Python as a script: ``python start_vllm.py``, the spec's path on standard input
 (:mod:`harness.engines.protocol`). Knows the internals of one release; see ``VERSIONS``.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 
 from recorder import record_start, source_line, source_name
 
@@ -178,4 +177,4 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    record_start(sys.argv[1], "vllm", Start, REFUSALS, name_of)
+    record_start("vllm", Start, REFUSALS, name_of)
