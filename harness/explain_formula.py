@@ -11,7 +11,7 @@ from harness.gpus import Gpu
 from harness.sizes import GIB, gib
 from strategies.engine_model import EngineModel
 from strategies.sglang_flags import SGLangFlags, resolve
-from strategies.sglang_tables import PIECEWISE_MEASURED_BYTES, request_table
+from strategies.sglang_tables import piecewise_graphs, request_table
 
 SMALLEST_DEFAULT_LIMIT = 2048
 ACTIVATION_BYTES = 2 * GIB  # kept free for a prefill chunk of a model that is not known
@@ -52,20 +52,22 @@ def request_table_answer(launch: Launch, gpu: Gpu, facts: LogFacts | None) -> Fo
         f"{gib(headroom)} are left beside weights and pool (mem_fraction_static "
         f"{settings.mem_fraction_static:.3f})"
     )
-    return FormulaAnswer(ate, _change(launch, flags, version, headroom))
+    graphs = piecewise_graphs(shape, settings.piecewise_sizes, settings.chunked_prefill_size)
+    graphs_bytes = graphs.nbytes + graphs.transient_bytes if settings.piecewise_sizes else 0
+    left = headroom - graphs_bytes - ACTIVATION_BYTES
+    return FormulaAnswer(ate, _change(launch, flags, version, left))
 
 
-def _change(launch: Launch, flags: SGLangFlags, version: str, headroom: int) -> str:
-    """The largest power of two of running requests whose tables fit, with room for activations."""
+def _change(launch: Launch, flags: SGLangFlags, version: str, left_bytes: int) -> str:
+    """The largest power of two of running requests whose tables fit into what is left."""
     context = launch.context_tokens or 0
     rows = SMALLEST_DEFAULT_LIMIT
     while rows > 1:
         rows //= 2
         needed = request_table(version, context, rows).nbytes
-        needed += PIECEWISE_MEASURED_BYTES + ACTIVATION_BYTES
         if not flags.disable_cuda_graph:
             needed += min(rows, flags.cuda_graph_max_bs or 512) * context * 4 // flags.page_size
-        if needed <= headroom:
+        if needed <= left_bytes:
             flag = engine_flag("sglang", "max_running_requests", str(rows))
             return f"{flag}  to start (at most {rows} requests at once; the pool stays the same)"
     return "no number of requests leaves room for the table; --config gives the longest context"

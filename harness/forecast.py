@@ -148,6 +148,8 @@ def _deviations(row: Row, made: Prediction) -> list[str]:
             by_phase[item.phase] = by_phase.get(item.phase, 0) + held
     measured = {p: row.get(f"{p}_bytes") or 0 for p in SIZED_PHASES}
     measured["kv"] = row.get("kv_committed_bytes") or 0
+    if row.get("engine_version"):  # an engine keeps no ledger of what its libraries hold
+        measured["unexplained"] = row.get("unexplained_bytes") or 0
     by_phase["kv"] = made.predicted_kv_bytes
     allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))
     off = {p: m - by_phase.get(p, 0) for p, m in measured.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from harness.spares import Spares
 KILL_GRACE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 ERROR_TEXT_CHARS = 500
+THROWN = re.compile(r"^ *what\(\): +(.+)$", re.MULTILINE)  # C++, before it aborts
 
 
 @dataclass
@@ -260,7 +262,8 @@ def died(code: int, for_memory: bool, said: str, log: str, rank: int | None = No
             ended["error"] += ", as the host ran out of memory"
     # The last words of a process that a signal ended are of something else, unless it gave up.
     if not said and (code >= 0 or -code == signal.SIGABRT):
-        said = log.strip().rpartition("\n")[2]
+        thrown = THROWN.findall(log)
+        said = thrown[-1] if code < 0 and thrown else log.strip().rpartition("\n")[2]
     if said:
         said = printable(said)[-ERROR_TEXT_CHARS:]
         ended["error"] = f"{ended['error']}: {said}" if ended["error"] else said

@@ -25,6 +25,11 @@ __all__ = [
 # Contexts between 1 and the end of a sweep at which start-up is looked at before a failure is
 # narrowed down: SGLang's request limit falls with the context, so that start-up is not monotone.
 SCAN_POINTS = 24
+# Rows of a float32 rotary table of 128 elements that fill a segment of torch's allocator: with
+# that many, nothing can lie behind the table, which else decides whether SGLang starts (see
+# strategies.sglang_tables.rope_leftover_bytes). Engines are looked at there, from 100M tokens on.
+ROUND_TOKENS = 4096
+ROUND_FROM_TOKENS = 100_000_000
 
 
 def predict(spec: PlanSpec) -> Prediction:
@@ -46,6 +51,8 @@ def predict(spec: PlanSpec) -> Prediction:
 
 def starts(spec: PlanSpec, context_tokens: int) -> bool:
     """Whether the process reaches ``ready`` at this context."""
+    if spec.strategy in ENGINES and context_tokens > ROUND_FROM_TOKENS:
+        context_tokens -= context_tokens % ROUND_TOKENS
     return predict(spec.at(context_tokens).filled(0.0)).started
 
 

@@ -101,7 +101,10 @@ def _take(walk: Walk, item: Item, scale: int) -> None:
     pieces = scaled_pieces(item, scale)
     nbytes = sum(count * size for count, size in pieces)
     walk.take(
-        PlanItem(item.phase, item.name, nbytes, item.location, item.source, item.shape), pieces
+        PlanItem(item.phase, item.name, nbytes, item.location, item.source, item.shape),
+        pieces,
+        -(-item.transient_bytes // scale),
+        walk.spec.weights_bytes if item.before_weights else 0,
     )
     if item.name == "kv_pool":
         walk.kv_bytes = nbytes

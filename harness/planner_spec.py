@@ -152,7 +152,8 @@ class Prediction:
     """How a trial would go.
 
     ``items`` are in order and end with the one that fails, when one does. ``outcome`` is ``ok``,
-    ``oom`` or ``refused``; ``phase`` and ``allocation`` say where.
+    ``oom`` or ``refused``; ``phase`` and ``allocation`` say where. ``held_bytes`` are in use at the
+    end; the peak has besides what an item needed only while it was made.
     """
 
     items: tuple[PlanItem, ...]
@@ -165,6 +166,7 @@ class Prediction:
     predicted_tables_bytes: int = 0
     predicted_kv_bytes: int = 0
     predicted_peak_bytes: int = 0
+    held_bytes: int = 0
     pool_tokens: int = 0
     max_request_tokens: int = 0
     resident_tokens: int = 0

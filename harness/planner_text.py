@@ -106,7 +106,7 @@ def verdict(spec: PlanSpec, made: Prediction) -> str:
     if made.outcome != "ok":
         how = "is refused" if made.outcome == "refused" else "runs out of memory"
         text += f"; filling {how} at {made.resident_tokens:,} tokens"
-    return f"{text}; {gib(made.predicted_peak_bytes * scale)} held at the end"
+    return f"{text}; {gib(made.held_bytes * scale)} held at the end"
 
 
 def _failure(made: Prediction, scale: int) -> str:

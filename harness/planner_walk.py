@@ -16,14 +16,15 @@ class Ended(Exception):
 class Walk:
     """Takes allocations in order and remembers what fitted.
 
-    The peak counts what is held at the end or at the failure, as the device rounds it; nothing is
-    freed in between.
+    The peak counts what is held at once, as the device rounds it; only what an item needs while it
+    is made is freed in between.
     """
 
     spec: PlanSpec
     free_bytes: int = 0
     items: list[PlanItem] = field(default_factory=list)
     held_bytes: int = 0
+    peak_bytes: int = 0
     outcome: str = "ok"
     phase: str = ""
     allocation: str = ""
@@ -34,13 +35,28 @@ class Walk:
     resident_tokens: int = 0
     kv_bytes: int = 0
 
-    def take(self, item: PlanItem, pieces: tuple[tuple[int, int], ...] = ()) -> None:
-        """Take an item, piece by piece when it has pieces; raises :class:`Ended` on OOM."""
+    def take(
+        self,
+        item: PlanItem,
+        pieces: tuple[tuple[int, int], ...] = (),
+        transient_bytes: int = 0,
+        lent_bytes: int = 0,
+    ) -> None:
+        """Take an item, piece by piece when it has pieces; raises :class:`Ended` on OOM.
+
+        ``transient_bytes`` must fit before it, and are free again after it; ``lent_bytes`` of them
+        may lie in what is held already.
+        """
         if item.location != "device":
             self.items.append(item)
             return
         before, unit = self.free_bytes, self.spec.granularity_bytes
         taken = 0
+        before += lent_bytes
+        beside = -(-max(0, transient_bytes - lent_bytes) // unit) * unit
+        if beside > self.free_bytes:
+            self._end("oom", item, item.nbytes + transient_bytes, before)
+        self.free_bytes -= beside
         for count, nbytes in pieces or ((1, item.nbytes),):
             rounded = -(-nbytes // unit) * unit
             fitting = min(count, self.free_bytes // rounded) if rounded else count
@@ -48,7 +64,9 @@ class Walk:
             self.held_bytes += fitting * rounded
             taken += fitting * nbytes
             if fitting < count:
-                self._end("oom", item, item.nbytes, before, taken=taken)
+                self._end("oom", item, item.nbytes + transient_bytes, before, taken=taken)
+        self.free_bytes += beside
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes + beside)
         self.items.append(item)
 
     def refuse(self, item: PlanItem, requested: int, available: int, message: str) -> None:
@@ -110,7 +128,8 @@ class Walk:
             free_bytes=self.refused_free_bytes if failed else self.free_bytes,
             predicted_tables_bytes=sum(i.nbytes for i in on_device if i.phase == "tables"),
             predicted_kv_bytes=self.kv_bytes,
-            predicted_peak_bytes=self.held_bytes,
+            held_bytes=self.held_bytes,
+            predicted_peak_bytes=max(self.peak_bytes, self.held_bytes),
             resident_tokens=self.resident_tokens,
             started=self.started,
             **known,

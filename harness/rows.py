@@ -77,6 +77,10 @@ def identity(cell: Cell, extra: Row) -> Row:
 
 
 def own_crash(row: Row) -> bool:
-    """Whether an engine crashed as its planner foresaw: a result, and no fault of the harness."""
+    """Whether an engine crashed as its planner foresaw: a result, and no fault of the harness.
+
+    An engine that was started may also abort by itself, after a fault of its kernels.
+    """
     foreseen = row["status"] == "crash" and row.get("predicted_status") == "crash"
-    return foreseen and not row.get("signal")
+    aborted = row.get("signal") == "SIGABRT" and bool(row.get("engine_version"))
+    return foreseen and (aborted or not row.get("signal"))

@@ -10,6 +10,7 @@ from harness.bracket import Bracket, close_bracket, confirm_bracket
 from harness.cell import Cell
 from harness.folder import RunFolder
 from harness.launch import Job, run_job
+from harness.planner import ROUND_FROM_TOKENS, ROUND_TOKENS
 from harness.progress import Progress
 from harness.ranks import Place
 from harness.ranks_summary import per_trial
@@ -176,9 +177,16 @@ def _bracket_cell(settings: Settings, tokens: int, repeat: int) -> Cell:
 
 
 def engine_bracket_ends(settings: Settings) -> tuple[int, int]:
-    """Contexts around the planner's start-up point at which an engine is started."""
+    """Contexts around the planner's start-up point at which an engine is started.
+
+    Round ones where they are very long, as the planner's point is
+    (:data:`harness.planner.ROUND_TOKENS`).
+    """
     guess = forecast.startup_guess(settings)
-    return max(1, guess * 99 // 100), min(settings.context_tokens, guess * 101 // 100 + 1)
+    low, high = guess * 99 // 100, guess * 101 // 100 + 1
+    if guess > ROUND_FROM_TOKENS:
+        low, high = low // ROUND_TOKENS * ROUND_TOKENS, -(-high // ROUND_TOKENS) * ROUND_TOKENS
+    return max(1, low), min(settings.context_tokens, high)
 
 
 def _engine_bracket_cell(settings: Settings, tokens: int, real: bool = True) -> Cell:

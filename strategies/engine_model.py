@@ -110,14 +110,30 @@ class EngineModel:
         return self.layers * self.layer_token_bytes
 
     @property
+    def rank_intermediate_size(self) -> int:
+        """``intermediate_size``, or what it usually is."""
+        return self.intermediate_size or 4 * self.hidden_size // self.tensor_parallel
+
+    @property
+    def mlp_bytes_per_token(self) -> int:
+        """Gate, up and their product, in 16 bits."""
+        return 2 * 3 * self.rank_intermediate_size
+
+    @property
     def activation_bytes_per_token(self) -> int:
         """Peak of a forward pass: gate, up and their product, and two hidden states, in 16 bits.
 
         With 16,384 tokens and the shape of one rank that was started (hidden 1024, intermediate
         13,312) this is 1.28 GiB; vLLM 0.23.0 kept 1.59 GiB there, its own libraries included.
         """
-        intermediate = self.intermediate_size or 4 * self.hidden_size // self.tensor_parallel
-        return 2 * (3 * intermediate + 2 * self.hidden_size)
+        return self.mlp_bytes_per_token + 2 * 2 * self.hidden_size
+
+    @property
+    def weight_tensors_bytes(self) -> tuple[int, ...]:
+        """Bytes of a layer's matrices in 16 bits: q, k and v; output; gate and up; down."""
+        head = self.head_dim * self.hidden_size * 2
+        mlp = self.rank_intermediate_size * self.hidden_size * 2
+        return (self.q_heads + 2 * self.kv_heads) * head, self.q_heads * head, 2 * mlp, mlp
 
     def rope_bytes(self, context_tokens: int, itemsize: int) -> int:
         """Bytes of the table of cosines and sines over every position."""
@@ -142,6 +158,10 @@ class Item:
         ``device``, ``host`` or ``host_pinned``.
     shape : str
         For people, e.g. ``int32 [2049, 10000004]``.
+    transient_bytes : int
+        What must be free beside it while it is made, and is free again afterwards.
+    before_weights : bool
+        The weights, which are there already when we plan, come only after it.
     """
 
     phase: str
@@ -150,6 +170,8 @@ class Item:
     source: str
     location: str = "device"
     shape: str = ""
+    transient_bytes: int = 0
+    before_weights: bool = False
 
     @property
     def nbytes(self) -> int:

@@ -106,22 +106,34 @@ class EngineStrategy(Strategy):
 
     def _allocate(self, item: Item) -> None:
         free, scale = self.device.free_bytes(), self.device.scale
+        beside = -(-item.transient_bytes // scale)
         sizes = [(count, -(-nbytes // scale)) for count, nbytes in item.pieces]
-        requested = sum(count * nbytes for count, nbytes in sizes)
-        for count, nbytes in sizes:
-            for _ in range(count):
-                try:
-                    made = self.device.allocate(item.phase, item.name, nbytes)
-                except OutOfMemory as refusal:
-                    raise OutOfMemory(
-                        item.phase,
-                        item.name,
-                        requested,
-                        free,
-                        source=refusal.source,
-                        refused_bytes=nbytes,
-                    ) from refusal
-                self._held.append((item, made))
+        requested = beside + sum(count * nbytes for count, nbytes in sizes)
+        if item.before_weights:
+            weights = self.engine_model.weights_bytes // scale
+            free, beside = free + weights, max(0, beside - weights)
+
+        def allocated(nbytes: int, name: str = item.name) -> Allocation:
+            try:
+                return self.device.allocate(item.phase, name, nbytes)
+            except OutOfMemory as refusal:
+                raise OutOfMemory(
+                    item.phase,
+                    item.name,
+                    requested,
+                    free,
+                    source=refusal.source,
+                    refused_bytes=nbytes,
+                ) from refusal
+
+        transient = allocated(beside, f"{item.name}_transient") if beside else None
+        try:
+            for count, nbytes in sizes:
+                for _ in range(count):
+                    self._held.append((item, allocated(nbytes)))
+        finally:
+            if transient is not None:
+                transient.free()
 
     def _release(self) -> None:
         while self._held:

@@ -33,6 +33,8 @@ from strategies.sglang_tables import (
     request_table,
     rope_leftover,
     rope_leftover_bytes,
+    rope_table,
+    segments,
 )
 
 # Where mem_cache/memory_pool.py allocates a layer's buffers.
@@ -184,16 +186,11 @@ def sglang_plan(
         Free once CUDA and NCCL are up, before the weights.
     """
     settings = resolve(model, flags, total_bytes, hopper)
-    rope = tensor(
-        "tables",
-        "rope_cos_sin",
-        (max(model.max_position_embeddings, context_tokens), model.rotary_dim),
-        "fp32",
-        "layers/rotary_embedding/base.py:70@0.5.12.post1",
-    )
+    rope = rope_table(model, flags.version, context_tokens)
     own = [rope, *loaded(flags.version)]
-    left = rope_leftover_bytes(flags.version, rope.nbytes, model.weights_bytes)
-    free_after = free_before_bytes - model.weights_bytes - sum(i.nbytes for i in own) - left
+    left = rope_leftover_bytes(model, flags.version, context_tokens)
+    taken = sum(segments(i.nbytes) for i in own)
+    free_after = free_before_bytes - model.weights_bytes - taken - left
     pools = pool_sizes(model, flags, settings, context_tokens, free_before_bytes, free_after)
     values = _settings(settings)
     if pools.full <= 0:
@@ -218,7 +215,7 @@ def sglang_plan(
     tables += _pool_items(model, flags, settings, pools)
     backend = backend_tables(model, flags, settings, context_tokens, max(batches, default=0))
     items = [*own, *rope_leftover(flags.version, left, [*tables, *backend]), *tables]
-    items += [*cublas(flags.version), *backend, *graph_buffers(flags, settings, batches)]
+    items += [*cublas(flags.version), *backend, *graph_buffers(model, flags, settings, batches)]
     notes: tuple[str, ...] = ()
     if pools.full < context_tokens:
         notes = (

@@ -6,6 +6,7 @@ request limit, every table is on the GPU of every rank and outside the KV pool's
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from strategies.engine_model import MIB, EngineModel, Item, tensor
@@ -31,14 +32,16 @@ REQUEST_TABLE_LINES = {
     "0.5.23": 406,
 }
 
-# Taken by the 58 piecewise graphs of starts of 0.5.12.post1 on an H200 (chunks of 8192 tokens):
-# 1.09 and 1.15 GB for two models, 1.14 in an earlier start.
-PIECEWISE_MEASURED_BYTES = 1_125_000_000
-PIECEWISE_MEASURED_SIZES = 58
-# Likewise decode graphs, of 36 batch sizes 229 MB. Of 6 sizes 75 MB, where two starts agree once
-# the tables beside them are taken to lie in torch's cache; 36 sizes read 192 MB in another start.
-GRAPHS_BASE_BYTES = 44_400_000
-GRAPH_BYTES = 5_130_000
+# Graphs in 15 starts of 0.5.12.post1 on an H200, two models, read from the driver and from torch's
+# private pools: decode graphs of 6 batch sizes 36 MiB, of 36 sizes 150 and 152 MiB.
+GRAPHS_BASE_BYTES = round(13.2 * MIB)
+GRAPH_BYTES = round(3.8 * MIB)
+# 58 piecewise graphs: 374 to 380 MiB of the driver's, and pools of 628 and 684 MiB, which are gate,
+# up and their product of the largest chunk, and 60 to 64 MiB for what is as wide as the model.
+PIECEWISE_GRAPH_BYTES = round(6.48 * MIB)
+PIECEWISE_POOL_BASE_BYTES = 64 * MIB
+# What torch had cached before them, of which they can use (217 to 225 MiB with 36 decode graphs).
+PIECEWISE_CACHED_BYTES = 225 * MIB
 FLASHINFER_WORKSPACE_BYTES = 384 * MIB  # environ.py:370@0.5.12.post1
 
 
@@ -53,6 +56,19 @@ CUBLAS_MEASURED_BYTES = {"0.5.12.post1": 75_000_000}
 # cos and sin of every position, and the angles: each half of the float32 table that is kept
 # (layers/rotary_embedding/base.py:138-149@0.5.12.post1).
 ROPE_TEMPORARIES = 3
+# model_executor's reserve_rope_cache_for_long_sequences (utils/common.py:3982-4019@0.5.12.post1):
+# positions beyond the context, rounded up to SGLANG_ROPE_CACHE_ALIGN.
+ROPE_MARGIN_TOKENS = 256
+ROPE_ALIGN_TOKENS = 128
+# torch's caching allocator: segments are whole pages of 2 MiB, what is left of one is split off
+# when it is larger than 1 MiB, and only tensors larger than that are put there.
+SEGMENT_BYTES = 2 * MIB
+SPLIT_BYTES = MIB
+
+
+def segments(nbytes: int) -> int:
+    """Bytes of the segments of torch's allocator that a large tensor takes."""
+    return -(-nbytes // SEGMENT_BYTES) * SEGMENT_BYTES
 
 
 def loaded(version: str) -> list[Item]:
@@ -70,20 +86,47 @@ def _measured(phase: str, name: str, by_version: dict[str, int], version: str) -
     return [Item(phase, name, ((1, nbytes),), f"measured@{version}")] if nbytes else []
 
 
-def rope_leftover_bytes(version: str, rope_bytes: int, weights_bytes: int) -> int:
+def rope_table(model: EngineModel, version: str, context_tokens: int) -> Item:
+    """Cosines and sines of every position: those of the config, then those of the context.
+
+    Where the context needs more rows, a longer table replaces the first. Making one takes its
+    angles, cosines and sines beside it, and the positions in float32.
+    """
+    rows = first = max(model.max_position_embeddings, context_tokens)
+    transient = 0
+    if version in LOADED_MEASURED_BYTES:
+        needed = context_tokens + ROPE_MARGIN_TOKENS
+        rows = max(first, -(-needed // ROPE_ALIGN_TOKENS) * ROPE_ALIGN_TOKENS)
+        transient = first * (ROPE_TEMPORARIES * model.rotary_dim // 2 + 1) * 4
+    source = "layers/rotary_embedding/base.py:70@0.5.12.post1"
+    made = tensor("tables", "rope_cos_sin", (rows, model.rotary_dim), "fp32", source)
+    return replace(made, transient_bytes=transient, before_weights=True)
+
+
+def rope_leftover_bytes(model: EngineModel, version: str, context_tokens: int) -> int:
     """What weights leave of the memory in which the rotary table was made.
 
     The first layer makes the table. torch keeps its freed temporaries and puts the weights of the
     later layers into them; a segment with one weight in it is not given back, and what it has left
     counts as used when the pool is sized. With tables for 10M positions that was 1.3 GB of an H200.
+
+    A first table that a longer one replaces is kept likewise when a weight lies behind its end: one
+    of 1.5 MiB kept 51 GiB at 107,139,364 tokens, and the engine refused to start, while it had
+    started at 103,626,596, where 1.1 MiB were left behind the table.
     """
     if version not in LOADED_MEASURED_BYTES:
         return 0
-    segment = rope_bytes // 2
+    positions = max(model.max_position_embeddings, context_tokens)
+    table = positions * model.rotary_dim * 4
+    segment, weights = table // 2, model.weights_bytes
     if not segment:
         return 0
-    used = min(-(-weights_bytes // segment), ROPE_TEMPORARIES)
-    return max(0, used * segment - weights_bytes)
+    used = min(-(-weights // segment), ROPE_TEMPORARIES)
+    left = max(0, used * segment - weights)
+    behind = -table % SEGMENT_BYTES
+    replaced = context_tokens + ROPE_MARGIN_TOKENS > positions
+    fits = any(SPLIT_BYTES < nbytes <= behind for nbytes in model.weight_tensors_bytes)
+    return left + (table if replaced and behind > SPLIT_BYTES and fits else 0)
 
 
 def rope_leftover(version: str, left_bytes: int, later: list[Item]) -> list[Item]:
@@ -203,7 +246,23 @@ def _fa3_tables(
     return items
 
 
-def graph_buffers(flags: SGLangFlags, settings: SGLangSettings, batches: list[int]) -> list[Item]:
+def piecewise_graphs(model: EngineModel, sizes: int, chunk_tokens: int) -> Item:
+    """Prefill graphs of so many sizes up to ``chunk_tokens``.
+
+    Before the second is captured, its activations lie beside the pool of the first, as far as they
+    do not fit into what torch has cached.
+    """
+    driver = sizes * PIECEWISE_GRAPH_BYTES
+    pool = chunk_tokens * model.mlp_bytes_per_token + PIECEWISE_POOL_BASE_BYTES
+    pieces = ((1, driver + pool),)
+    source = "measured@0.5.12.post1"
+    made = Item("workspace", "piecewise_cuda_graphs", pieces, source)
+    return replace(made, transient_bytes=max(0, pool - driver - PIECEWISE_CACHED_BYTES))
+
+
+def graph_buffers(
+    model: EngineModel, flags: SGLangFlags, settings: SGLangSettings, batches: list[int]
+) -> list[Item]:
     """Memory of the captured graphs themselves, after the pool."""
     items = []
     if batches:
@@ -211,8 +270,7 @@ def graph_buffers(flags: SGLangFlags, settings: SGLangSettings, batches: list[in
         source = "measured@0.5.12.post1"
         items.append(Item("workspace", "decode_cuda_graphs", pieces, source))
     if settings.piecewise_sizes:
-        share = settings.piecewise_sizes / PIECEWISE_MEASURED_SIZES
-        nbytes = int(PIECEWISE_MEASURED_BYTES * share)
-        source = "measured@0.5.12.post1"
-        items.append(Item("workspace", "piecewise_cuda_graphs", ((1, nbytes),), source))
+        chunk = settings.chunked_prefill_size
+        chunk = min(chunk, flags.max_total_tokens or chunk)
+        items.append(piecewise_graphs(model, settings.piecewise_sizes, chunk))
     return items

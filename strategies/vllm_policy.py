@@ -148,7 +148,7 @@ def available_kv_bytes(
     kept += round(pinned_bytes * MAPPED_SHARE)
     estimates = at_least(flags.version, "0.23.0") and not flags.enforce_eager
     if estimates and not (settings.v2_runner and flags.version == "0.23.0"):
-        kept += graph_bytes(settings.max_num_seqs)
+        kept += graph_bytes(model, settings.max_num_seqs)
     return requested - kept
 
 
@@ -204,7 +204,7 @@ def vllm_plan(
     tables = block_tables(model, flags, settings, tokens, groups.count, asked)
     items = [rope, *tables]
     items.append(_pool(model, flags, groups, blocks))
-    items += backend_tables(flags, settings, tokens, groups.count)
+    items += backend_tables(model, flags, settings, tokens, groups.count)
     values["max_model_len"] = tokens
     held = largest_fit(model, flags, settings, groups, blocks, blocks * flags.block_size)
     window, extra = _window_blocks(model, flags, settings)

@@ -16,10 +16,15 @@ VERSIONS = ("0.11.0", "0.19.1", "0.23.0", "0.33.0")
 # config/vllm.py:69-75@0.23.0: dense, unquantised models of these run on the V2 runner.
 V2_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen3ForCausalLM")
 FLASHINFER_WORKSPACE_BYTES = 394 * MIB
-# What graphs took in starts of 0.23.0 on an H200: 151 MB for 7 batch sizes, 629 MB for 51, each
-# captured twice (piecewise and whole).
-GRAPHS_BASE_BYTES = 75_000_000
-GRAPH_BYTES = 10_870_000
+# Graphs in starts of 0.23.0 on an H200, each size captured twice (piecewise and whole), read from
+# the driver and from torch's private pools. The driver's share: 54 MiB of 7 sizes, 442 of 51.
+GRAPH_BYTES = round(8.818 * MIB)
+# Pools, fixed by three starts (56 and 124 MiB for 7 and 51 sizes of one model, 174 for another):
+# a base, what the attention splits hold a query head and token of the largest size, and a share
+# of that size's activations.
+GRAPH_POOL_BASE_BYTES = round((51.47 - 7.73) * MIB)
+GRAPH_POOL_HEAD_TOKEN_BYTES = round(0.023104 * MIB)
+GRAPH_POOL_MLP_SHARE = 0.7153
 
 
 def at_least(version: str, other: str) -> bool:
@@ -35,15 +40,19 @@ def uses_v2_runner(model: EngineModel, version: str) -> bool:
     return version == "0.23.0" and dense and model.architecture in V2_ARCHITECTURES
 
 
-def graph_sizes(max_num_seqs: int) -> int:
-    """Count the captured batch sizes (``config/vllm.py:1627@0.23.0``): at most 51."""
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that are captured (``config/vllm.py:1627@0.23.0``): at most 51."""
     top = min(512, 2 * max_num_seqs)
-    return sum(1 for s in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if s <= top)
+    return [s for s in (1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)) if s <= top]
 
 
-def graph_bytes(max_num_seqs: int) -> int:
-    """What captured graphs take: piecewise and whole, each size once."""
-    return GRAPHS_BASE_BYTES + graph_sizes(max_num_seqs) * GRAPH_BYTES
+def graph_bytes(model: EngineModel, max_num_seqs: int) -> int:
+    """What captured graphs take, of the driver's memory and in torch's private pools."""
+    sizes = graph_sizes(max_num_seqs)
+    top = max(sizes, default=0)
+    pool = GRAPH_POOL_BASE_BYTES + top * model.q_heads * GRAPH_POOL_HEAD_TOKEN_BYTES
+    pool += round(top * model.mlp_bytes_per_token * GRAPH_POOL_MLP_SHARE)
+    return pool + len(sizes) * GRAPH_BYTES
 
 
 def table_width(version: str, context_tokens: int, block_size: int) -> int:
@@ -92,7 +101,7 @@ def block_tables(
 
 
 def backend_tables(
-    flags: VLLMFlags, settings: VLLMSettings, context_tokens: int, groups: int
+    model: EngineModel, flags: VLLMFlags, settings: VLLMSettings, context_tokens: int, groups: int
 ) -> list[Item]:
     """List what an attention backend and the captured graphs take after the pool."""
     items = []
@@ -105,6 +114,6 @@ def backend_tables(
         workspace = ((1, FLASHINFER_WORKSPACE_BYTES),)
         items.append(Item("workspace", "flashinfer_workspace", workspace, source))
     if not flags.enforce_eager:
-        pieces = ((1, GRAPHS_BASE_BYTES), (graph_sizes(settings.max_num_seqs), GRAPH_BYTES))
+        pieces = ((1, graph_bytes(model, settings.max_num_seqs)),)
         items.append(Item("workspace", "cuda_graphs", pieces, "measured@0.23.0"))
     return items
