@@ -1,5 +1,7 @@
 """The emulations of SGLang and vLLM on the scale model: they fail where the engines fail."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -87,6 +89,30 @@ def test_sglang_starts_with_a_pool_that_holds_half_the_context():
         strategy.extend(0, 1)
     assert error.value.phase == "fill"
     assert strategy.resident_tokens(0) == tokens
+
+
+@pytest.mark.parametrize(
+    ("context", "error"),
+    [(103_626_596, None), (107_139_364, Refused), (121_190_436, OutOfMemory)],
+)
+def test_very_long_rotary_tables_end_as_those_of_the_engine_did(context, error):
+    """Starts on an H200: one started, one refused, one failed while it made the table."""
+    model = replace(ONE_RANK, q_heads=4, intermediate_size=12_032, weights_bytes=3_805_480_960)
+    strategy = sglang(model, context, device_for(model, 724_369_408), max_running_requests=16)
+    strategy.device.observer = log = Log()
+    if error is None:
+        strategy.start()
+        assert strategy.plan.pool_tokens == pytest.approx(4_457_063, rel=0.01)
+    else:
+        with pytest.raises(error) as raised:
+            strategy.start()
+        failed = "rope_cos_sin" if error is OutOfMemory else "kv_pool"
+        assert raised.value.allocation == failed
+        if error is OutOfMemory:  # its angles, cosines and sines are part of it
+            asked = raised.value.requested_bytes * SCALE
+            assert asked == pytest.approx(144.92 * GIB, rel=0.001)
+    strategy.stop()
+    assert sum(log.bytes.values()) == 0
 
 
 def test_vllm_starts_whole_and_refuses_in_its_own_words():
