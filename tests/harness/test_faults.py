@@ -22,6 +22,7 @@ from tests.harness.command import (
     trial_process,
     until,
 )
+from tests.harness.memory_group import memory_group
 
 
 def by_fault(ended):
@@ -72,6 +73,25 @@ def test_a_trial_that_hangs_is_killed_when_its_time_is_over(failed):
     assert row["status"] == "timeout" and "3 s" in row["error"]
     assert row["wall_seconds"] >= 3
     assert row["oom_phase"] in (None, "context", "weights")  # how far it came before that
+
+
+@pytest.mark.beside
+def test_a_trial_that_the_kernel_kills_for_memory_is_told_and_the_next_one_runs(tmp_path):
+    """The real OOM killer, in a group whose memory is less than the pool that static touches."""
+    words = [w for w in QUICK if not w.startswith(("context=", "sweep.contexts", "hardware.cap"))]
+    large = ("context=3M", "sweep.contexts=[3M]", "hardware.capacity=100GiB")
+    results = tmp_path / "runs"
+    with memory_group(256 * MIB) as enter:
+        process = start(results, "-m", "strategy=static,paged", *words, *large, preexec=enter)
+        table = until(lambda: list(results.glob("*/*/trials.csv")))[0]
+        until(lambda: table.read_text().count("\n") == 3)
+        process.kill()
+        process.communicate()
+    killed, other = rows(table.parent)
+    assert (killed["strategy"], killed["status"]) == ("static", "oom_host")
+    assert killed["signal"] == "SIGKILL"
+    assert killed["error"] == "killed by signal 9 (SIGKILL), as the host ran out of memory"
+    assert (other["strategy"], other["status"]) == ("paged", "ok")
 
 
 @pytest.mark.beside
