@@ -12,9 +12,9 @@ import re
 
 from harness.cell import Cell
 from harness.lengths import filled_tokens
+from harness.off_by import OFF_BY, off_by
 from harness.offload import device_weights
 from harness.options import engine_model
-from harness.phases import SIZED_PHASES
 from harness.planner import OomPoints, Prediction, oom_points, predict
 from harness.planner_engines import ENGINES
 from harness.planner_spec import (
@@ -29,7 +29,6 @@ from harness.summary import ENDED
 from harness.workspace import workspace_items
 
 MAX_CONTEXT_TOKENS = 1 << 40
-OFF_BY = 0.01  # a prediction within 1 % of the measurement stands
 
 
 def plan_spec(
@@ -111,8 +110,8 @@ def check(settings: Settings) -> None:
 def with_prediction(row: Row, cell: Cell) -> Row:
     """``row`` with its ``predicted_*`` columns.
 
-    ``predicted_off_by`` names the items that are off by more than 1 % of the peak; it is empty
-    where the trial died and measured nothing.
+    ``predicted_off_by`` names what is off (:mod:`harness.off_by`), and what of a trace or churn
+    formulas do not know; it is empty where the trial died and measured nothing.
     """
     made = predict_cell(cell)
     if cell.timing and made.outcome == "ok":
@@ -124,36 +123,30 @@ def with_prediction(row: Row, cell: Cell) -> Row:
         "predicted_peak_bytes": made.predicted_peak_bytes,
         "predicted_status": made.outcome,
     }
-    if cell.settings.accounts_only and made.started:  # what then happens is not foreseen
-        made = dataclasses.replace(made, outcome="ok")
-        row |= {"predicted_status": "ok"}
-        if cell.settings.strategy == "paged":
-            row |= {"predicted_kv_bytes": None, "predicted_peak_bytes": None}
-            held = row.get("kv_committed_bytes") or 0
-            made = dataclasses.replace(made, predicted_kv_bytes=held)
+    unknown = ""
+    if cell.settings.accounts_only and made.started:
+        row, made, unknown = _of_workload(row, cell, made)
     if row["status"] not in ENDED or row.get("peak_device_bytes") is None:
         return row
-    named = _deviations(row, made)
-    if made.outcome != row["status"] and row["status"] != "invalid":
-        named.append(f"status {made.outcome}")
-    return row | {"predicted_off_by": "; ".join(named) or None}
+    named = off_by(row, made)
+    peak, foreseen = int(row["peak_device_bytes"]), row["predicted_peak_bytes"]
+    if row["status"] == "ok" and foreseen is not None and not named:
+        named = [f"peak {peak - foreseen:+d}"] if abs(peak - foreseen) > OFF_BY * peak else []
+    return row | {"predicted_off_by": "; ".join([*named, unknown] if unknown else named) or None}
 
 
-def _deviations(row: Row, made: Prediction) -> list[str]:
-    """Items of a row that differ from the prediction, with the bytes that they differ by."""
-    by_phase: dict[str, int] = {}
-    for item in made.items:
-        if item.location == "device":
-            held = item.taken_bytes if item.failed else item.nbytes
-            by_phase[item.phase] = by_phase.get(item.phase, 0) + held
-    measured = {p: row.get(f"{p}_bytes") or 0 for p in SIZED_PHASES}
-    measured["kv"] = row.get("kv_committed_bytes") or 0
-    if row.get("engine_version"):  # an engine keeps no ledger of what its libraries hold
-        measured["unexplained"] = row.get("unexplained_bytes") or 0
-    by_phase["kv"] = made.predicted_kv_bytes
-    allowed = OFF_BY * max(1, int(row["peak_device_bytes"]))
-    off = {p: m - by_phase.get(p, 0) for p, m in measured.items()}
-    return [f"{p} {d:+d}" for p, d in off.items() if abs(d) > allowed]
+def _of_workload(row: Row, cell: Cell, made: Prediction) -> tuple[Row, Prediction, str]:
+    """The row and the prediction of a trace or churn that starts, and what is not foreseen."""
+    made = dataclasses.replace(made, outcome="ok")
+    row = row | {"predicted_status": "ok"}
+    if cell.settings.strategy != "paged":
+        return row, made, ""
+    from harness.forecast_workload import foresee
+
+    found = foresee(cell, plan_spec(cell.settings, cell.context_tokens, 0.0), made)
+    row |= {"predicted_kv_bytes": found.kv_bytes, "predicted_peak_bytes": found.peak_bytes}
+    held = found.kv_bytes if found.kv_bytes is not None else row.get("kv_committed_bytes") or 0
+    return row, dataclasses.replace(made, predicted_kv_bytes=held), found.unknown
 
 
 def points(settings: Settings) -> OomPoints:

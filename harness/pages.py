@@ -25,6 +25,7 @@ from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.section import engines
 from harness.page_example import explained
+from harness.page_points import POINTS, points
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -33,7 +34,6 @@ from harness.tabular import EMPTY, Table, figure_of, known, tokens
 MARKED = re.compile(
     r"(<!-- rows: (?!end)(?P<words>[^>]*?) -->\n).*?(<!-- rows: end -->)", re.DOTALL
 )
-POINTS = ("startup", "admit", "resident")
 
 
 def sweeps(runs: list[Run], folders: list[str]) -> str:
@@ -101,7 +101,7 @@ def claims(runs: list[Run], folders: list[str]) -> str:
 
 
 def trust(runs: list[Run], folders: list[str]) -> str:
-    """A line a run: rows, gate errors, what was unexplained, off the plan, and the check's word."""
+    """A line a run: rows, gate errors, what was unexplained, off the plan, the check's word."""
     lines = []
     for run, folder in zip(runs, folders, strict=True):
         own = trials(run.rows)
@@ -119,20 +119,37 @@ def trust(runs: list[Run], folders: list[str]) -> str:
                 figure_of(own["gate_error"].max(), 2),
                 f"{off:.2f}" if known(off) else EMPTY,
                 f"{allowed:.0f}" if known(allowed) else EMPTY,
-                _planned(own),
+                _ended_as_planned(own),
+                _off_peak(own, ended=False),
+                _off_peak(own, ended=True),
                 "fails: " + ", ".join(failed) if failed else "passes",
             )
         )
     columns = ("run", ">trials", ">gated", ">largest gate error", ">unexplained, MiB",
-               ">allowed", ">off the planned peak, %", "`harness.check`")  # fmt: skip
+               ">allowed", ">ended as planned", ">off the planned peak, %",
+               ">off where memory ended, %", "`harness.check`")  # fmt: skip
     return Table("", columns, tuple(lines)).markdown()
 
 
-def _planned(own: pd.DataFrame) -> str:
-    """Largest deviation of a peak from what the planner said, in per cent, of rows that are ok."""
-    both = own[own["predicted_peak_bytes"].notna() & own["peak_device_bytes"].notna()]
-    ok = (both["status"] == "ok") & (both["predicted_status"] == "ok")
-    both = both[ok & (both["predicted_peak_bytes"] > 0)]
+def _ended_as_planned(own: pd.DataFrame) -> str:
+    """Of the trials with a prediction, those that ended as it says: ok, oom, refused or crash."""
+    planned = own[(own["predicted_status"] != "") & (own["basis"] != "planned")]
+    as_said = int((planned["predicted_status"] == planned["status"]).sum())
+    return f"{as_said} of {len(planned)}" if len(planned) else EMPTY
+
+
+def _off_peak(own: pd.DataFrame, ended: bool) -> str:
+    """Largest deviation of what was held from what the planner said, in per cent.
+
+    Of trials that ended as it said: of the peak of those that are ok, or, of those that ``ended``
+    for want of memory or by a rule, of what was held then. An engine itself is read at the end of
+    its phases, which says little of a phase in which it failed.
+    """
+    both = own[own["peak_device_bytes"].notna() & (own["basis"] != "planned")]
+    both = both[(both["status"] == both["predicted_status"]) & (both["predicted_peak_bytes"] > 0)]
+    both = both[(both["status"] != "ok") == ended]
+    if ended:
+        both = both[both["engine_version"] == ""]
     off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs().max() * 100
     return f"{off:.2f}" if known(off) else EMPTY
 
@@ -141,6 +158,7 @@ SECTIONS: dict[str, Callable[[list[Run], list[str]], str]] = {
     "sweeps": sweeps,
     "claims": claims,
     "trust": trust,
+    "points": points,
     "engines": engines,
 }
 

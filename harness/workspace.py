@@ -53,7 +53,7 @@ def workspace_items(settings: Settings) -> list[tuple[str, int]]:
 
 def prefill_scratch_sizes(settings: Settings) -> list[int]:
     """Bytes of each layer group's share of ``prefill_partials``, in the order in which they lie."""
-    from kernels.prefill_plan import prefill_scratch_bytes
+    from kernels.prefill_scratch import prefill_scratch_bytes
 
     tokens, sms = _prefill_tokens(settings), settings.hardware.sm_count
     return [prefill_scratch_bytes(g, tokens, sms) for g in _geometries(settings)]

@@ -18,13 +18,8 @@ from kernels.prefill_config import (
     all_prefill_configs,
     choose,
 )
-from kernels.prefill_plan import (
-    MERGE_INTS,
-    SEGMENT_INTS,
-    Cut,
-    cut,
-    scratch_sizes,
-)
+from kernels.prefill_plan import Cut, cut
+from kernels.prefill_scratch import MERGE_INTS, SEGMENT_INTS, scratch_sizes
 from kernels.view import Geometry, View
 
 if TYPE_CHECKING:
@@ -109,7 +104,7 @@ def plan_prefill(
         Streaming multiprocessors; by default the arena's device's.
     scratch : torch.Tensor, optional
         uint8 on the arena's device, 256-byte aligned, at least
-        :func:`kernels.prefill_plan.prefill_scratch_bytes`; allocated when None.
+        :func:`kernels.prefill_scratch.prefill_scratch_bytes`; allocated when None.
     variant : str, optional
         A kernel instead of the chooser's; see :func:`kernels.prefill_config.choose`.
 

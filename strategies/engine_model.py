@@ -24,11 +24,15 @@ def nvml_total_mib(total_bytes: int) -> int:
 def engine_total_bytes(capacity_bytes: int, device_total_bytes: int = 0) -> int:
     """Total memory that an engine takes its fractions of.
 
-    The device's own total when all of it may be used; the capacity when the device was made
-    smaller (the driver and the context account for less than 1.5 %), or when no total is known.
+    The device's own total, as CUDA shows it, when all of it may be used; the capacity when the
+    device was made smaller (the driver and the context account for less than 1.5 %), or when no
+    total is known.
     """
     whole = capacity_bytes > 0.985 * device_total_bytes
-    return device_total_bytes if device_total_bytes and whole else capacity_bytes
+    if not device_total_bytes or not whole:
+        return capacity_bytes
+    shown = {nvml_mib: cuda_bytes for cuda_bytes, nvml_mib in _NVML_MIB.items()}
+    return shown.get(device_total_bytes // MIB, device_total_bytes)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ VLLM=${VLLM:-}
 
 STEPS=(
   report qwen3_30b_a3b scout nccl root_cause requests_128 remedies waste mem_fraction
-  fragmentation granularity precision real_engines claims
+  fragmentation granularity precision ballast real_engines claims
 )
 
 words_of() {  # the command line of a step; none where it cannot be taken here
@@ -37,6 +37,9 @@ words_of() {  # the command line of a step; none where it cannot be taken here
       words=(-m strategy=sglang model=qwen3_30b_a3b strategy.max_running_requests=128
         strategy.disable_cuda_graph=false,true context="$CONTEXT" "sweep.points=[1.0]"
         "${one_size[@]}" fill=0 trial.timing=false experiment.name=requests_128) ;;
+    ballast)  # a device of 24 GiB: the driver refuses beside memory that is held and never touched
+      words=(-m "$both" hardware.capacity=24GiB context=1M "sweep.contexts=[1M]" fill=0
+        trial.timing=false experiment.name=ballast) ;;
     root_cause) words=(experiment=root_cause context="$CONTEXT") ;;
     real_engines)
       [ -n "$SGLANG$VLLM" ] || return 0

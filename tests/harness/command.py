@@ -84,7 +84,9 @@ def run(
     return Ended(done.returncode, done.stdout, done.stderr, results)
 
 
-def start(results: Path, *words: str) -> subprocess.Popen[str]:
+def start(
+    results: Path, *words: str, preexec: Callable[[], None] | None = None
+) -> subprocess.Popen[str]:
     """Start the command and return at once."""
     results.parent.mkdir(parents=True, exist_ok=True)
     return subprocess.Popen(
@@ -94,6 +96,7 @@ def start(results: Path, *words: str) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=preexec,
     )
 
 

@@ -47,6 +47,56 @@ def test_the_item_that_is_off_is_named_with_its_bytes():
     assert other["predicted_off_by"] == "status ok"
 
 
+def ended_as_planned(cell):
+    """A row that ended at the allocation at which the planner says that it ends."""
+    plan = forecast.predict_cell(cell)
+    ended = {
+        "oom_phase": plan.phase,
+        "oom_allocation": plan.allocation,
+        "oom_requested_bytes": plan.requested_bytes,
+        "oom_free_bytes": plan.free_bytes,
+        "resident_tokens": plan.resident_tokens,
+    }
+    return as_planned(cell) | ended
+
+
+def test_of_a_start_that_is_refused_what_decides_is_named_and_no_small_item():
+    cell = Cell(made("strategy=vllm"), 10_000_000, fill=0.0)
+    row = ended_as_planned(cell)
+    assert (row["status"], row["oom_allocation"]) == ("refused", "kv_pool")
+    little, asked = row["peak_device_bytes"] // 50, row["oom_requested_bytes"]
+    assert little < 0.01 * asked  # more than 1 % of what is held, less than 1 % of what decides
+    row["context_bytes"] -= little
+    row["peak_device_bytes"] -= little
+    row["oom_free_bytes"] += little
+    assert forecast.with_prediction(row, cell)["predicted_off_by"] is None
+    row["oom_free_bytes"] -= little + asked // 20
+    row["oom_requested_bytes"] += asked // 25
+    named = forecast.with_prediction(row, cell)["predicted_off_by"]
+    assert named == f"kv_pool asked +{asked // 25}; kv_pool free -{asked // 20}"
+    row["oom_allocation"] = "rope_cos_sin"
+    named = forecast.with_prediction(row, cell)["predicted_off_by"]
+    assert "status refused at kv_pool" in named and "not refused at rope_cos_sin" in named
+
+
+def test_a_prediction_of_another_end_says_what_was_to_fail_and_what_differs():
+    cell = Cell(made("strategy=static", "context=10M"), 10_000_000)
+    plan = forecast.predict_cell(cell)
+    ok = ended_as_planned(cell) | {"status": "ok", "oom_phase": None, "kv_committed_bytes": 1 << 30}
+    ok["weights_bytes"] -= 50_000  # below 1 %: near an edge it is what decides
+    named = forecast.with_prediction(ok, cell)["predicted_off_by"]
+    asked, free = plan.requested_bytes, plan.free_bytes
+    assert named == f"weights -50000; status oom at kv_pool, {asked} asked, {free} free"
+
+
+def test_a_fill_that_ends_elsewhere_is_off_by_tokens():
+    cell = Cell(made("strategy=paged", "context=10M"), 10_000_000, purpose="resident")
+    row = ended_as_planned(cell)
+    assert row["oom_phase"] == "fill"
+    row["resident_tokens"] -= 100_000
+    assert forecast.with_prediction(row, cell)["predicted_off_by"] == "resident_tokens -100000"
+
+
 @pytest.mark.parametrize("status", ["crash", "timeout", "oom_host"])
 def test_a_trial_that_died_is_held_against_nothing(status):
     cell = Cell(made("strategy=static", "context=1M"), 1_000_000)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from harness import launch
+from harness import launch, oom_killer
 from harness.cell import Cell
 from harness.folder import FolderError
 from harness.launch import Job, kill_trial, run_job
@@ -70,6 +70,30 @@ def test_the_host_s_memory_is_named_where_its_killer_struck(monkeypatch):
     assert ended["error"] == (
         "rank 1 was killed by signal 9 (SIGKILL), as the host ran out of memory"
     )
+
+
+@pytest.mark.parametrize(
+    ("groups", "counter", "kills"),
+    [
+        ("0::/job/7\n", "groups/job/7/memory.events", 2),
+        ("4:memory:/job/7\n0::/\n", "groups/memory/job/7/memory.oom_control", 2),
+        ("0::/of/the/host\n", "groups/memory.events", 2),
+        ("4:cpu,cpuacct:/job\n", "nowhere", 9),
+        (None, "nowhere", 9),
+    ],
+)
+def test_kills_are_counted_in_the_own_group_where_there_is_one(
+    tmp_path, monkeypatch, groups, counter, kills
+):
+    for name in ("OWN_GROUPS", "GROUPS", "MACHINE"):
+        monkeypatch.setattr(oom_killer, name, tmp_path / name.partition("_")[0].lower())
+    assert oom_killer.oom_kills() is None
+    (tmp_path / "machine").write_text("pgfault 4\noom_kill 9\n")
+    if groups is not None:
+        (tmp_path / "own").write_text(groups)
+    (tmp_path / counter).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / counter).write_text("under_oom 0\noom_kill_disable 0\noom_kill 2\n")
+    assert oom_killer.oom_kills() == kills
 
 
 def test_a_trial_ends_with_what_it_started():

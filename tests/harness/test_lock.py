@@ -15,7 +15,16 @@ import pytest
 from harness import lock
 from harness.hardware import Hardware
 from harness.lock import Busy, device_lock, lock_path
-from tests.harness.command import environment, is_gone, processes_of, until
+from tests.harness.command import (
+    QUICK,
+    environment,
+    is_gone,
+    processes_of,
+    trial_process,
+    until,
+)
+
+LOCKS = lock.LOCK_DIR
 
 HOLDER = """
 import sys, time
@@ -159,6 +168,44 @@ def test_a_trial_holds_the_device_of_its_harness_until_it_is_gone(tmp_path, kind
     until(lambda: is_gone(trial), seconds=30)
     with device_lock(gpu("GPU-5")):
         pass
+
+
+# The command on a machine whose driver knows one GPU; a trial hangs before it would touch it.
+ON_A_GPU = """
+import sys
+from harness import hardware
+from harness.cli import main
+gpu = hardware.GpuSeen("NVIDIA H200", 150_754_820_096, 150_109_880_320, sys.argv[1])
+hardware.torch_has_cuda, hardware.seen_gpu = lambda: True, lambda index=0: gpu
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.beside
+def test_of_two_commands_on_one_gpu_the_second_is_refused_and_measures_nothing(tmp_path):
+    uuid = f"GPU-made-up-{os.getpid()}"
+    words = (*QUICK, "hardware=auto", "fault.kind=hang", "fault.phase=context")
+    first, second = (
+        [sys.executable, "-c", ON_A_GPU, uuid, *words, f"results={tmp_path / name}"]
+        for name in ("first", "second")
+    )
+    holder = subprocess.Popen(first, env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL)
+    try:
+        trial = until(lambda: trial_process(tmp_path / "first"))
+        ended = subprocess.run(
+            second, env=environment(), cwd=tmp_path, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr == (
+            f"harness: NVIDIA H200 ({uuid}) is being measured by process {holder.pid}; "
+            "wait for it, or choose another hardware.index\n"
+        )
+        assert not (tmp_path / "second").exists() and not is_gone(trial)
+    finally:
+        holder.kill()
+        holder.wait()
+        (LOCKS / f"kv-alloc-bench-{uuid}.lock").unlink()
+    until(lambda: is_gone(trial), seconds=30)
 
 
 def _open_files(process: int) -> list[str]:

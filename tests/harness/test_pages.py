@@ -56,6 +56,52 @@ def test_an_unknown_section_and_a_missing_run_are_one_line(tmp_path: Path, capsy
         renewed(page)
 
 
+def copied(tmp_path: Path, **ok: int) -> Path:
+    """A page of the points of a run, of which static's measured ends are others."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("trials.csv", "config.yaml", "summary.json", "manifest.json"):
+        shutil.copy(ROOT / "results/reference/h200_report" / name, run / name)
+    summary = json.loads((run / "summary.json").read_text())
+    for point, tokens in ok.items():
+        summary["strategies"]["static"][point] |= {"ok": tokens, "not_ok": tokens + 100}
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = tmp_path / "page.md"
+    page.write_text("<!-- rows: points run -->\n<!-- rows: end -->\n")
+    return page
+
+
+def test_points_are_planned_from_a_runs_own_settings(tmp_path: Path):
+    page = copied(tmp_path, startup=5_000_000, admit=6_000_000)
+    static, paged = renewed(page).splitlines()[-4:-2]
+    cells = [c.strip() for c in static.strip("|").split("|")]
+    assert cells[:4] == ["run", "static", "5,893,888", "5,000,000"] and cells[5] == "6,000,000"
+    assert cells[-1] == f"{100 * (893_888 - 100) / 5_000_000:.2f}" == "17.88"
+    assert paged.endswith("| 0.00 |")
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("strategy: paged", "strategy: ${oc.env:HOME}"),
+        ("kind: cuda", "kind: [cuda"),
+        ("layers: 48", "layers: many"),
+        ("  sequences: 1\n  brackets", "  _target_: os.system\n  brackets"),
+        ("- experiment: sweep\n  strategy: paged", "- strategy: paged"),
+    ],
+)
+def test_settings_that_are_none_are_one_line(tmp_path: Path, capsys, old, new):
+    page = copied(tmp_path)
+    config = tmp_path / "run/config.yaml"
+    text = config.read_text()
+    assert old in text
+    config.write_text(text.replace(old, new))
+    before = page.read_text()
+    assert main([str(page)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "run/config.yaml" in line and page.read_text() == before
+
+
 EXAMPLE = ROOT / "docs/example"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from harness import forecast
+from harness.arms import settings_of_command
 from tests.harness.command import LIMIT_SECONDS, QUICK, ROOT, environment
 
 SCRIPTS = ROOT / "results" / "reference"
@@ -15,10 +18,10 @@ WORDS = " ".join(w for w in QUICK if not w.startswith("context="))
 
 
 def steps(results, *names, script="run_h200.sh", words=WORDS, **variables):
-    own = {"PYTHON": sys.executable, "HARDWARE": "scale_model", "CONTEXT": "2K"}
+    own = {"PYTHON": sys.executable, "HARDWARE": "scale_model", "CONTEXT": "2K"} | variables
     return subprocess.run(
         ["bash", str(SCRIPTS / script), *names],
-        env=environment(**own, RESULTS=str(results), WORDS=words, **variables),
+        env=environment(**own, RESULTS=str(results), WORDS=words),
         cwd=results.parent,
         capture_output=True,
         text=True,
@@ -32,6 +35,20 @@ def test_an_unknown_step_is_named_and_nothing_is_written(tmp_path, script):
     (line,) = ended.stderr.splitlines()
     assert ended.returncode == 2 and "reprot" in line and "allowed: " in line
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_brackets_of_a_smaller_device_are_a_step(tmp_path):
+    """Composed, not run: ``echo`` stands for Python."""
+    said = steps(tmp_path / "runs", "ballast", words="", PYTHON="echo").stdout
+    words = shlex.split(said.splitlines()[0].partition(" -m harness ")[2])
+    own = settings_of_command([w for w in words if w != "-m"], True)
+    assert [s.strategy for s in own] == ["static", "paged"]
+    for one in own:
+        assert one.brackets and one.bracket_repeats == 2 and one.experiment == "ballast"
+        assert one.hardware.asked_bytes == 24 << 30
+        ends = forecast.points(one)
+        assert ends.admit.ok == ends.resident.ok < 1_000_000  # they lie within the sweep
+    assert ends.startup.ok == 1_000_000
 
 
 @pytest.mark.beside

@@ -64,6 +64,9 @@ def test_a_rows_bytes_and_shares_agree(paged):
     assert row["resident_tokens"] == max(e["resident_tokens"] for e in events)
     assert row["attention_decode_step_ms"] is None and row["gate_error"] is None
     assert row["predicted_status"] == "ok" and row["predicted_off_by"] is None
+    for measured, predicted in (("kv_committed", "kv"), ("peak_device", "peak")):
+        foreseen = row[f"predicted_{predicted}_bytes"]
+        assert row[f"{measured}_bytes"] == pytest.approx(foreseen, rel=0.01)
     assert len(samples) >= 100
     assert all(s["live_bytes"] <= s["committed_bytes"] for s in samples)
 
@@ -124,10 +127,24 @@ def test_churn_tells_how_long_a_sequence_still_fits():
     assert 0 < row["largest_admissible_tokens"] <= 32 << 10
     assert 0 < row["admissible_of_free_min"] <= row["admissible_of_free"] <= 1
     assert samples[-1]["open"] == 0 and events[-1]["resident_tokens"] == 0
+    assert row["predicted_tables_bytes"] == row["tables_bytes"]
+    assert row["predicted_peak_bytes"] is row["predicted_kv_bytes"] is None
+    assert row["predicted_off_by"] == "kv and peak not foreseen: memory may not be filled"
     committed = [e["kv_committed_bytes"] for e in events if "kv_committed_bytes" in e]
     rises = sum(b > a for a, b in pairwise(committed))
     falls = sum(b < a for a, b in pairwise(committed))
     assert min(rises, falls) > 20
+
+
+@pytest.mark.parametrize("options", [[], ["strategy.release=deferred", "strategy.growth=ahead"]])
+def test_churn_that_fills_memory_has_its_peak_foreseen(options):
+    words = ("workload=churn", "workload.operations=300", "context=32Ki", "hardware.capacity=8GiB")
+    row, events, _ = run("strategy=paged", *words, *options)
+    ready = next(e for e in events if e["allocation"] == "ready")["device_used_bytes"]
+    assert row["predicted_peak_bytes"] > 1.5 * ready
+    assert row["peak_device_bytes"] == pytest.approx(row["predicted_peak_bytes"], rel=0.01)
+    assert row["predicted_kv_bytes"] is None
+    assert row["predicted_off_by"] == "kv not foreseen: a mean over the operations"
 
 
 def test_a_batch_is_filled_to_its_own_lengths_and_timed():
@@ -162,6 +179,7 @@ def test_a_slow_trace_is_not_limited_by_admission():
         "strategy=paged", "workload=trace", "workload.requests=200", "workload.rate=recorded"
     )
     assert row["status"] == "ok" and row["admission_limited_share"] == 0
+    assert row["predicted_off_by"] == "kv and peak not foreseen: they follow the arrivals"
     assert row["sequences_admitted"] > 0 and row["live_share"] > 0
     assert row["workload_steps"] * 0.025 >= read_trace(limit=200).requests[-1].arrival_seconds
 

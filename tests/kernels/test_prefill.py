@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import reference
-from kernels.prefill_plan import prefill_scratch_bytes
+from kernels.prefill_scratch import prefill_scratch_bytes
 from kernels.view import Geometry
 from tests.kernels.cases import (
     empty_view,

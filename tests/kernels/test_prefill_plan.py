@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import prefill_plan as pp
+from kernels import prefill_scratch as ps
 from kernels.prefill import plan_prefill, prefill
 from kernels.prefill_config import HOPPER, all_prefill_configs, choose
 from kernels.view import Geometry
@@ -136,13 +137,13 @@ def test_programs_read_the_same_tiles_at_the_same_time(tokens, heads, total):
 def test_scratch_stays_within_its_bound(chunk):
     start, tokens, window, geometry, *_, programs = chunk
     sm_count = (programs + 1) // 2
-    bound = pp.prefill_scratch_bytes(geometry, tokens, sm_count)
+    bound = ps.prefill_scratch_bytes(geometry, tokens, sm_count)
     for config in {choose(geometry, window, hopper) for hopper in (False, True)}:
         per_sm = sm_count * config.programs_per_sm
         shape = (config.rows, config.block_tokens)
         cut = pp.cut(start, tokens, window, geometry, *shape, per_sm)
         counts = (len(cut.segments), per_sm, len(cut.merges), cut.slots)
-        assert sum(pp.scratch_sizes(*counts, config.rows, geometry.head_dim).values()) <= bound
+        assert sum(ps.scratch_sizes(*counts, config.rows, geometry.head_dim).values()) <= bound
 
 
 def test_chooser():
@@ -156,8 +157,8 @@ def test_chooser():
     assert choose(small, 0, hopper=True).variant.endswith("pointer")
     assert choose(fp8, 0, hopper=True, variant="triton").variant == "triton_64x128_tma"
     assert {c.rows for _, c in all_prefill_configs()} <= {64, 128, 192}
-    assert max(c.rows for _, c in all_prefill_configs()) == pp.ROWS_MAX
-    assert max(c.programs_per_sm for _, c in all_prefill_configs()) == pp.PROGRAMS_PER_SM_MAX
+    assert max(c.rows for _, c in all_prefill_configs()) == ps.ROWS_MAX
+    assert max(c.programs_per_sm for _, c in all_prefill_configs()) == ps.PROGRAMS_PER_SM_MAX
 
 
 def test_bad_calls_are_refused():

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.view import Geometry
@@ -161,47 +161,6 @@ def test_an_emulation_is_never_read_by_kernels():
     strategy.start()
     with pytest.raises(NotImplementedError, match="not in time"):
         strategy.batch([0])
-
-
-class FailsAt(HostDevice):
-    """Refuses the n-th allocation."""
-
-    calls = 0
-    fail_at = -1
-
-    def allocate(self, phase, allocation, nbytes):
-        self.calls += 1
-        if self.calls == self.fail_at:
-            raise OutOfMemory(phase, allocation, nbytes, self.free_bytes(), source="driver")
-        return super().allocate(phase, allocation, nbytes)
-
-
-def failing(model, fail_at):
-    made = FailsAt(H200_BYTES // SCALE, SCALE)
-    made.allocate("context", "cuda_context", GIB // SCALE)
-    made.allocate("weights", "weights", model.weights_bytes // SCALE)
-    made.fail_at = made.calls + fail_at
-    return made
-
-
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.integers(1, 104), st.sampled_from([sglang, vllm]))
-def test_a_refusal_at_any_allocation_leaves_nothing_behind(fail_at, make):
-    device = failing(ONE_RANK, fail_at)
-    free = device.free_bytes()
-    flags = {"max_running_requests": 16} if make is sglang else {"max_num_seqs": 16}
-    strategy = make(device=device, context=131_072, **flags)
-    try:
-        strategy.start()
-    except OutOfMemory as error:
-        assert device.free_bytes() == free
-        assert error.requested_bytes >= error.refused_bytes
-        strategy.start()  # the next one is let through
-    strategy.open(0, 1000)
-    strategy.extend(0, 1000)
-    strategy.stop()
-    assert device.free_bytes() == free
-    device.close()
 
 
 @settings(max_examples=40, deadline=None)

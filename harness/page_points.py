@@ -1,0 +1,95 @@
+"""OOM points side by side: what formulas say of a run's own settings, and what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError  # type: ignore[import-untyped]
+
+from harness import forecast, tables
+from harness.planner_spec import OomPoint, OomPoints
+from harness.runs import Run, RunError, clean, lookup, read_text
+from harness.settings import Settings, from_json
+from harness.tabular import EMPTY, Table, known, tokens
+
+POINTS = ("startup", "admit", "resident")
+
+
+def points(runs: list[Run], folders: list[str]) -> str:
+    """A line a configuration whose brackets were closed: each point predicted and measured.
+
+    A measured point is the largest that was ok. The difference is that of a prediction to the
+    nearer end of its bracket, none within it; the largest of the three.
+    """
+    lines = []
+    for run, folder in zip(runs, folders, strict=True):
+        for settings, planned, (name, one) in _planned(run):
+            line, off = [Path(folder).name, name], 0.0
+            for point in POINTS:
+                expected: OomPoint = getattr(planned, point)
+                said = _over_all_ranks(settings, expected)
+                ok, not_ok = lookup(one, point, "ok"), lookup(one, point, "not_ok")
+                line += [_end(said, expected.not_ok), _end(ok, not_ok)]
+                off = max(off, off_percent(said, ok, not_ok))
+            lines.append((*line, f"{off:.2f}"))
+    heads = (
+        f">{name}, {what}"
+        for name in ("start-up", "admit", "resident")
+        for what in ("planned", "measured")
+    )
+    return Table("", ("run", "strategy", *heads, ">off, %"), tuple(lines)).markdown()
+
+
+def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, Any]]]]:
+    """Of every arm with brackets its settings, the planner's points, and the summary's entry.
+
+    The settings are those of ``config.yaml``, which is read as data.
+
+    Raises
+    ------
+    RunError
+        When it holds none, or not one for each arm of the summary.
+    """
+    where, arms = f"{run.folder.name}/config.yaml", tables.strategies(run.summary)
+    try:
+        text = read_text(run.folder / "config.yaml", run.folder)
+        found: Any = OmegaConf.to_container(OmegaConf.create(text))
+        made = [from_json(arm) for arm in found["arms"]]
+        if len(made) != len(arms):
+            raise RunError(f"{where}: {len(made)} arms; allowed: {len(arms)}, as in summary.json")
+        return [
+            (s, forecast.points(s), arm) for s, arm in zip(made, arms, strict=True) if s.brackets
+        ]
+    except RunError:
+        raise
+    except (
+        *(AttributeError, ArithmeticError, LookupError, TypeError, ValueError),
+        *(YAMLError, OmegaConfBaseException),
+    ) as error:
+        raise RunError(f"{where}: no settings of a run ({clean(error)[:200]})") from None
+
+
+def _over_all_ranks(settings: Settings, planned: OomPoint) -> int | None:
+    if planned.ok is None:
+        return None
+    return settings.all_tokens(planned.ok) if planned.not_ok else settings.context_tokens
+
+
+def off_percent(said: int | None, ok: int | None, not_ok: int | None) -> float:
+    """How far a prediction lies outside a bracket, in per cent of its lower end."""
+    if not ok:
+        return 0.0
+    if not said:
+        return 100.0
+    if said < ok:
+        return 100 * (ok - said) / ok
+    return 100 * max(0, said - not_ok) / ok if not_ok else 0.0
+
+
+def _end(ok: int | None, not_ok: int | None) -> str:
+    if not known(ok) or ok is None:
+        return EMPTY
+    return f"{ok:,}" if not_ok else f"{tokens(ok)}, no failure"
