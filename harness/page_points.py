@@ -10,6 +10,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from harness import forecast, tables
+from harness.planner_engines import ENGINES
 from harness.planner_spec import OomPoint, OomPoints
 from harness.runs import Run, RunError, clean, lookup, read_text
 from harness.settings import Settings, from_json
@@ -46,7 +47,8 @@ def points(runs: list[Run], folders: list[str]) -> str:
 def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, Any]]]]:
     """Of every arm with brackets its settings, the planner's points, and the summary's entry.
 
-    The settings are those of ``config.yaml``, which is read as data.
+    The settings are those of ``config.yaml``, which is read as data. Emulations of engines are left
+    out: they allocated what the formulas said then. Engines themselves are what those are held to.
 
     Raises
     ------
@@ -61,7 +63,9 @@ def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, A
         if len(made) != len(arms):
             raise RunError(f"{where}: {len(made)} arms; allowed: {len(arms)}, as in summary.json")
         return [
-            (s, forecast.points(s), arm) for s, arm in zip(made, arms, strict=True) if s.brackets
+            (s, forecast.points(s), arm)
+            for s, arm in zip(made, arms, strict=True)
+            if s.brackets and s.strategy not in ENGINES
         ]
     except RunError:
         raise
