@@ -180,16 +180,15 @@ def _exact(
 def _sum_error(exchange: Exchange, merged: torch.Tensor) -> float:
     """All-reduced hidden values against the float64 sum of what each tensor rank gave."""
     import torch
-    import torch.distributed as dist
 
     group, hidden = exchange.group, exchange.buffers.hidden
-    if exchange.sizes.tensor_ranks == 1 or group.tensor_group is None:
+    if exchange.sizes.tensor_ranks == 1:
         return 0.0
     project(merged, group.place.tensor_index, hidden)
     every = torch.empty(
         (group.tensor_size, *hidden.shape), dtype=torch.float32, device=hidden.device
     )
-    dist.all_gather_into_tensor(every.flatten(0, 1), hidden.float(), group=group.tensor_group)
+    group.gather_tensor(every, hidden.float())
     want = every.double().sum(0)
     got = exchange.reduce().double()
     return float((got - want).norm() / want.norm())
@@ -230,13 +229,22 @@ def time_step(
 
 def _sampled(watch: Stopwatch, team: Team, step: Callable[[], None]) -> Samples:
     run = _captured(watch, step) if watch.on_cuda else step
+
+    def once_ms() -> float:
+        if not watch.on_cuda:  # the collectives count themselves
+            return watch.once_ms(run)
+        team.counters.enter("replay of a decode step")
+        taken = watch.once_ms(run)
+        team.counters.leave()
+        return taken
+
     team.join("warm-up")
-    warmup = watch.once_ms(run)
-    one = watch.once_ms(run)
+    warmup = once_ms()
+    one = once_ms()
     limit = watch.settings.trial.max_samples
     wanted = max(MIN_SAMPLES, min(limit, int(BUDGET_MS / max(one, 1e-3))))
     count = min(team.join("samples", wanted))
-    return Samples(tuple(watch.once_ms(run) for _ in range(count)), warmup)
+    return Samples(tuple(once_ms() for _ in range(count)), warmup)
 
 
 def _captured(watch: Stopwatch, step: Callable[[], None]) -> Callable[[], None]:
