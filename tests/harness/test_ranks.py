@@ -45,6 +45,14 @@ def test_the_longest_sequence_of_a_share_is_the_longest(local, ranks):
     assert share_tokens(longest, 128, ranks) <= local < share_tokens(longest + 1, 128, ranks)
 
 
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 5]))
+def test_a_rank_has_the_kv_heads_that_its_query_heads_read(kv_heads, ranks, group):
+    q_heads = max(kv_heads, ranks) * group
+    for rank in range(ranks):
+        read = {h * kv_heads // q_heads for h in range(q_heads) if h * ranks // q_heads == rank}
+        assert set(Place(rank, ranks, ranks).kv_heads(kv_heads)) == read
+
+
 def test_groups_of_the_product_of_tensor_and_context_ranks():
     place = Place(5, 8, tensor_ranks=4, context_ranks=2)
     assert (place.tensor_index, place.context_index) == (1, 1)
