@@ -177,7 +177,6 @@ def follow(world: World) -> int:
             if start is None:
                 time.sleep(RELAY_SECONDS)
             elif "end" in start:
-                world.tell(f"ended/{rank}", {})
                 return int(start["end"])
             else:
                 _relay(world, start, f"{rank}/{number}", scratch)
@@ -186,6 +185,8 @@ def follow(world: World) -> int:
         print(f"harness: rank {rank} ends: rank 0 and its store are gone", file=sys.stderr)
         return 1
     finally:
+        with contextlib.suppress(DistError):
+            world.tell(f"ended/{rank}", {})  # after Ctrl-C too, or rank 0 would wait for us
         shutil.rmtree(scratch, ignore_errors=True)
 
 

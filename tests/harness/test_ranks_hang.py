@@ -11,6 +11,7 @@ import time
 from datetime import timedelta
 
 import pytest
+from torch.distributed import DistNetworkError
 
 from harness import ranks_launch, ranks_peers
 from harness.cell import Cell
@@ -21,7 +22,7 @@ from harness.ranks_ends import RankEnd, timed_out
 from harness.ranks_launch import Conductor, LocalRank
 from harness.ranks_peers import Beat, Peers
 from harness.ranks_pulse import Counters, Pulse, make_counters, read_pulse
-from harness.ranks_relay import World
+from harness.ranks_relay import World, follow
 from harness.validate import compose_settings
 from tests.harness.command import until
 from tests.harness.ranks_fixture import ROOT, ranks
@@ -320,3 +321,28 @@ def test_nobody_is_lost_because_rank_0_did_not_listen(two_machines):
 def test_ranks_that_never_come_are_named():
     with pytest.raises(Busy, match="did not come within 0 s: rank 1, 3"):
         Peers(Store({"beat/2": "{}"}), [1, 2, 3], timedelta(0))
+
+
+def ends_of_its_own(error):
+    """Another rank's end of a run whose store raises an error when it listens; and the store."""
+
+    class Broken(Store):
+        def check(self, keys):
+            raise error
+
+    world = object.__new__(World)
+    world.here, world.store = Launched(1, 2, 0), Broken()
+    return world, world.store
+
+
+def test_rank_0_does_not_wait_for_one_that_was_interrupted():
+    world, store = ends_of_its_own(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        follow(world)
+    assert "ended/1" in store
+
+
+def test_a_rank_ends_in_one_line_when_rank_0_is_gone(capsys):
+    world, _ = ends_of_its_own(DistNetworkError("Connection reset by peer"))
+    assert follow(world) == 1
+    assert capsys.readouterr().err == "harness: rank 1 ends: rank 0 and its store are gone\n"
