@@ -54,12 +54,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_as(world, settings, lambda: _run(settings, words))
     except (BadValue, FolderError, Busy) as refused:
         error = as_typed(refused, words) if isinstance(refused, BadValue) else refused
-        if os.environ.get("RANK", "0") == "0":  # one line, however many ranks find the same fault
-            print(f"harness: {printable(error)}", file=sys.stderr)
+        _say(f"harness: {printable(error)}")
         return 2
     except KeyboardInterrupt:
-        print("\nharness: interrupted; the same command resumes this run", file=sys.stderr)
+        _say("\nharness: interrupted; the same command resumes this run")
         return 130
+
+
+def _say(line: str) -> None:
+    """One line, however many ranks find the same fault or are interrupted together."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def _run(settings: list[Settings], words: list[str]) -> int:

@@ -41,6 +41,11 @@ class Place:
         """Which pages of each sequence this rank has."""
         return self.rank // self.tensor_ranks % self.context_ranks
 
+    def kv_heads(self, total: int) -> range:
+        """Which of a model's KV heads this rank has: its part, or one that other ranks copy."""
+        first = self.tensor_index * total // self.tensor_ranks
+        return range(first, first + max(1, total // self.tensor_ranks))
+
     @property
     def tensor_group(self) -> tuple[int, ...]:
         """Running ranks whose attention outputs are reduced with this one's."""

@@ -16,9 +16,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from harness.ranks import Place
+from harness.ranks_pulse import Counters
 
 Emit = Callable[[dict[str, Any]], None]
-BROKEN_COLLECTIVE_SECONDS = 5.0  # a peer's death breaks a collective before the news of it comes
+# A harness on another machine that says nothing for so long is lost, and its ranks with it.
+SILENT_SECONDS = 5.0
+# A peer's death breaks a collective before the news of it comes.
+BROKEN_COLLECTIVE_SECONDS = SILENT_SECONDS + 4.0
 CHUNK = 1 << 16
 
 
@@ -30,6 +34,7 @@ class Team(Protocol):
     """What a trial asks of the ranks that it is one of."""
 
     place: Place
+    counters: Counters
 
     def stage(self, name: str) -> None:
         """Say that this rank begins something, and end here when another rank has crashed."""
@@ -48,6 +53,7 @@ class Alone:
     """A rank by itself: nothing to wait for."""
 
     place = Place(0, 1)
+    counters = Counters()
 
     def stage(self, name: str) -> None:
         """Nobody listens."""
@@ -81,10 +87,15 @@ class Control:
         Takes records that go up.
     source : int
         File descriptor from which messages come down, one JSON object a line.
+    counters : Counters, optional
+        Where this rank counts its collectives, so that others see how far it came.
     """
 
-    def __init__(self, place: Place, emit: Emit, source: int = 0) -> None:
+    def __init__(
+        self, place: Place, emit: Emit, source: int = 0, counters: Counters | None = None
+    ) -> None:
         self.place, self._emit, self._source = place, emit, source
+        self.counters = counters or Counters()
         self._half = b""
         self._joins = 0
         self._gone: dict[str, list[Any]] = {}

@@ -10,10 +10,12 @@ from harness.cell import Cell
 from harness.folder import Outcome
 from harness.launch import Job, how_it_ended, unfinished
 from harness.phases import PHASES, phase_name, place_name
+from harness.ranks_pulse import Pulse
 from harness.ranks_summary import ORDERLY
 from harness.rows import Row
 
 ENDED_BY_PEER = "ended by another rank"  # a rank's own word, until the trial's end replaces it
+BUSY_CORES, ASLEEP_CORES = 0.2, 0.05  # of a rank that computes, of one that sleeps
 
 
 @dataclass(frozen=True)
@@ -23,11 +25,10 @@ class Failure:
     Parameters
     ----------
     rank : int or None
-        None when ranks hang and none is behind the others.
+        None when ranks hang and nothing tells them apart.
     status : str
     silent, said : tuple of int, str
-        Of a timeout, the ranks that had not answered: those that the others waited for, else all;
-        and the same in words.
+        Of a timeout, the ranks that hold up the rest, or all that may; and the same in words.
     limit : int or None
         Resident tokens of the failed rank, to which the others still grow: what a trial holds is
         what its smallest rank holds. None: they end at once.
@@ -51,13 +52,17 @@ class Failure:
 
 @dataclass
 class RankEnd:
-    """What is known of one rank: its records, its rows, how far it came and how it ended."""
+    """What is known of one rank: its records, its rows, how far it came and how it ended.
+
+    ``pulses`` are those before the end of the trial's time, the last at its end.
+    """
 
     rank: int
     records: list[dict[str, Any]] = field(default_factory=list)
     rows: list[Row] = field(default_factory=list)
     steps: int = 0
     waiting: bool = False
+    pulses: list[Pulse] = field(default_factory=list)
     code: int | None = None
     log: str = ""
 
@@ -73,33 +78,87 @@ class RankEnd:
         self.steps += 1
 
 
-def timed_out(ends: Iterable[RankEnd]) -> Failure:
-    """Of ranks that still run when the time is over: which had not answered, and which to blame.
+def timed_out(ends: Iterable[RankEnd], waiting_sleeps: bool = False) -> Failure:
+    """Of ranks that still run when the time is over: which hold up the rest, as far as it shows.
 
-    Those that came least far are the ones that the others wait for; when all came equally far (into
-    one collective, say), nobody can tell which of them holds up the rest.
+    A process that is stopped does. Else those that came least far, by their stages, then by their
+    collectives, are the ones that the others wait for. Of ranks that all wait in one collective the
+    one that computes does not wait; where that does not tell them apart either, none is blamed.
+
+    Parameters
+    ----------
+    waiting_sleeps : bool
+        Whether a rank that waits in a collective takes no time of its CPU: gloo's does not, one
+        that waits for its GPU does.
     """
     ends = list(ends)
-    least = min((e.steps, e.waiting) for e in ends)
-    behind = [e for e in ends if (e.steps, e.waiting) == least]
+    stopped = [e for e in ends if e.pulses and e.pulses[-1].stopped]
+    if stopped:
+        verb = "is" if len(stopped) == 1 else "are"
+        return _late(stopped, f"{_names(stopped)} {verb} stopped{_in_phase(stopped)}")
+    least = min(map(_progress, ends))
+    behind = [e for e in ends if _progress(e) == least]
+    if all(e.pulses for e in ends):  # counts of some ranks alone say nothing
+        least_entered = min(e.pulses[-1].entered for e in behind)
+        there = [e for e in behind if e.pulses[-1].entered > least_entered]
+        behind = [e for e in behind if e not in there]
+        inside = [e for e in behind if e.pulses[-1].inside]
+        if there and not inside:
+            return _late(behind, f"{_silence(behind)}, {_names(there)} had come to {_where(there)}")
+        if len(behind) > 1 and len(inside) == len(behind):
+            return _all_inside(behind, waiting_sleeps)
     named = len(behind) < len(ends) or len(ends) == 1
-    silent = tuple(e.rank for e in behind)
-    return Failure(silent[0] if named else None, "timeout", silent=silent, said=_silence(behind))
+    return _late(behind, _silence(behind), named)
+
+
+def _progress(end: RankEnd) -> tuple[int, bool]:
+    return end.steps, end.waiting
+
+
+def _late(silent: list[RankEnd], said: str, named: bool = True) -> Failure:
+    ranks = tuple(e.rank for e in silent)
+    return Failure(ranks[0] if named else None, "timeout", silent=ranks, said=said)
+
+
+def _all_inside(ends: list[RankEnd], waiting_sleeps: bool) -> Failure:
+    """Of ranks that are all in one collective, those that compute, where waiting takes no CPU."""
+    cores = [e.pulses[-1].busy_since(e.pulses[0]) for e in ends]
+    busy = [e for e, n in zip(ends, cores, strict=True) if n > BUSY_CORES]
+    asleep = [e for e, n in zip(ends, cores, strict=True) if n < ASLEEP_CORES]
+    if waiting_sleeps and busy and asleep and len(busy) + len(asleep) == len(ends):
+        said = f"{_names(busy)} did not wait in {_where(ends)} but computed, {_names(asleep)} slept"
+        return _late(busy, said)
+    return _late(ends, f"{_names(ends)} wait for each other in {_where(ends)}", named=False)
+
+
+def _where(ends: list[RankEnd]) -> str:
+    """``the all-reduce in decode``: the collective to which the farthest of them has come."""
+    kind = max((e.pulses[-1] for e in ends), key=lambda p: p.entered).kind
+    return f"the {kind}{_in_phase(ends)}"
+
+
+def _names(ends: list[RankEnd]) -> str:
+    """``ranks 0, 1 and 2``."""
+    *first, last = (str(e.rank) for e in ends)
+    return f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
+
+
+def _in_phase(ends: list[RankEnd]) -> str:
+    phases = {e.phase for e in ends}
+    return f" in {phase_name(phases.pop())}" if len(phases) == 1 and all(phases) else ""
 
 
 def _silence(silent: list[RankEnd]) -> str:
     """``rank 1 had not answered since pool began``; several in a list."""
-    *first, last = (str(e.rank) for e in silent)
-    who = f"ranks {', '.join(first)} and {last}" if first else f"rank {last}"
     phases = {e.phase for e in silent}
     since = f"{phase_name(phases.pop())} began" if len(phases) == 1 and all(phases) else "the start"
-    return f"{who} had not answered since {since}"
+    return f"{_names(silent)} had not answered since {since}"
 
 
 def outcome_of(job: Job, ends: list[RankEnd], failure: Failure | None, seconds: float) -> Outcome:
     """Rows of every rank, settled among them; timeline and samples with their rank."""
     rows: list[Row] = []
-    late = _late(job, failure)
+    late = _late_row(job, failure)
     for cell in job.cells:
         own = [_row_of(job, cell, end, failure, late, seconds) for end in ends]
         rows += settle(own, failure, late)
@@ -115,7 +174,7 @@ def outcome_of(job: Job, ends: list[RankEnd], failure: Failure | None, seconds: 
     return Outcome(rows, timeline, samples, "\n".join(e.log for e in ends if e.log))
 
 
-def _late(job: Job, failure: Failure | None) -> Row:
+def _late_row(job: Job, failure: Failure | None) -> Row:
     """What a rank's row says when the trial's time was over; nothing when it was not."""
     if failure is None or failure.status != "timeout":
         return {}

@@ -93,7 +93,7 @@ class Collectives:
     """Process groups of one rank: all ranks, those of its pages and those of its heads."""
 
     def __init__(self, team: Team, device: Any) -> None:  # noqa: ANN401
-        self.place = team.place
+        self.place, self.counters = team.place, team.counters
         self.device = device
         self.tensor_group, self.context_group = self._groups()
 
@@ -126,19 +126,30 @@ class Collectives:
 
     def gather(self, into: torch.Tensor, own: torch.Tensor) -> None:
         """All-gather ``own [...]`` into ``[context_size, ...]``, by context index."""
+        self._gather(into, own, self.context_group)
+
+    def gather_tensor(self, into: torch.Tensor, own: torch.Tensor) -> None:
+        """All-gather ``own [...]`` into ``[tensor_size, ...]``, by tensor index."""
+        self._gather(into, own, self.tensor_group)
+
+    def _gather(self, into: torch.Tensor, own: torch.Tensor, group: Any) -> None:  # noqa: ANN401
         import torch.distributed as dist
 
-        if self.context_group is None:
+        self.counters.enter("all-gather")  # by ranks that are alone too: all count alike
+        if group is None:
             into[0].copy_(own)
         else:
-            dist.all_gather_into_tensor(into.flatten(0, 1), own, group=self.context_group)
+            dist.all_gather_into_tensor(into.flatten(0, 1), own, group=group)
+        self.counters.leave()
 
     def reduce(self, hidden: torch.Tensor) -> None:
         """Sum ``hidden`` over the tensor ranks, in place."""
         import torch.distributed as dist
 
+        self.counters.enter("all-reduce")
         if self.tensor_group is not None:
             dist.all_reduce(hidden, group=self.tensor_group)
+        self.counters.leave()
 
     def close(self) -> None:
         """End the process group; every rank must call it."""
@@ -205,6 +216,7 @@ def _joined(settings: Settings, team: Team, device: str) -> Collectives:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.cuda.set_device(device)
+    team.counters.enter("start of the process group")
     dist.init_process_group(
         settings.parallel.backend,
         store=store,
@@ -213,7 +225,9 @@ def _joined(settings: Settings, team: Team, device: str) -> Collectives:
         timeout=limit,
         device_id=torch.device(device) if on_gpu else None,
     )
-    return Collectives(team, device)
+    made = Collectives(team, device)
+    team.counters.leave()
+    return made
 
 
 def _rehearse(made: Collectives, sizes: Sizes, device: str) -> None:

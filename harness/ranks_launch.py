@@ -24,11 +24,14 @@ from harness.lock import held_files
 from harness.ranks import Place
 from harness.ranks_ends import Failure, RankEnd, outcome_of, timed_out
 from harness.ranks_group import STORE_HOST
+from harness.ranks_pulse import Pulse, make_counters, read_pulse
 from harness.rows import Row
 
 # What a rank gets to end by itself once another has crashed; it may be inside a collective.
 STOP_GRACE_SECONDS = 10.0
-LOST_SECONDS = 30.0  # a machine that says nothing for so long after a kill is given up
+LOST_SECONDS = 30.0  # a rank that has not ended so long after a kill is given up
+# How long before the end of a trial's time its ranks are looked at, to see which of them compute.
+LOOK_SECONDS = 2.0
 Record = dict[str, Any]
 
 
@@ -46,6 +49,9 @@ class Handle(Protocol):
 
     def kill(self) -> None:
         """End it and every process that it started."""
+
+    def pulse(self) -> Pulse | None:
+        """What it does at this moment, without asking it; None where nobody can tell."""
 
     def log(self) -> str:
         """The end of what it printed."""
@@ -69,8 +75,14 @@ class LocalRank:
             cells=[_cell_of(c, place, index) for c in job.cells],
             extra=job.extra | {"rank": place.rank},
         )
-        team = {k: getattr(place, k) for k in Place.__dataclass_fields__}
-        spec, self._records, self._log = prepared(own, scratch / f"rank{place.rank}", team)
+        folder = scratch / f"rank{place.rank}"
+        self._counters = folder / "counters"
+        team = {
+            "place": {k: getattr(place, k) for k in Place.__dataclass_fields__},
+            "counters": str(self._counters),
+        }
+        spec, self._records, self._log = prepared(own, folder, team)
+        make_counters(self._counters)
         self._position = 0
         with open(self._log, "wb") as out:
             self.process = subprocess.Popen(
@@ -110,6 +122,10 @@ class LocalRank:
     def kill(self) -> None:
         """Kill its process group."""
         kill_trial(self.process)
+
+    def pulse(self) -> Pulse | None:
+        """As the kernel and its own counters tell it."""
+        return read_pulse(self.process.pid, self._counters)
 
     def log(self) -> str:
         """The end of its log."""
@@ -198,6 +214,7 @@ class Conductor:
         self.ends = [RankEnd(rank) for rank in range(len(self.handles))]
         self._joined: dict[str, dict[int, Any]] = {}
         self._killed_at: float | None = None
+        self._looked = False
 
     def run(self) -> Outcome:
         """Until every rank has ended."""
@@ -260,12 +277,23 @@ class Conductor:
             for handle in self.handles:
                 handle.send({"stop": {"rank": failure.rank, "limit": failure.limit}})
 
+    def _look(self, running: list[RankEnd]) -> None:
+        for end in running:
+            pulse = self.handles[end.rank].pulse()
+            if pulse is not None:
+                end.pulses.append(pulse)
+
     def _watch_time(self) -> None:
         now = time.monotonic()
-        limit = self.job.cells[0].settings.trial.timeout_seconds
+        settings = self.job.cells[0].settings
+        limit = settings.trial.timeout_seconds
         running = [end for end in self.ends if end.code is None]
+        if not self._looked and now - self.began > limit - LOOK_SECONDS:
+            self._looked = True
+            self._look(running)
         if running and self.kill_at is None and now - self.began > limit:
-            late = timed_out(running)
+            self._look(running)
+            late = timed_out(running, waiting_sleeps=settings.parallel.backend == "gloo")
             if self.failure is None and late.rank is not None:
                 for rank in late.silent:
                     self.handles[rank].kill()

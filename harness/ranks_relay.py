@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,15 +24,18 @@ from harness.cell import cell_from_json
 from harness.folder import Outcome
 from harness.hardware import Hardware, seen_gpu
 from harness.launch import Job
-from harness.lock import device_lock
+from harness.lock import Busy, device_lock
 from harness.ranks import Launched, Place, launched
 from harness.ranks_launch import Handle, LocalRank, Record, run_ranks, start_here
+from harness.ranks_peers import Beat, Peers
+from harness.ranks_pulse import Pulse
 from harness.rows import Row
 from harness.settings import Settings
 
 RELAY_SECONDS = 0.05
 RENDEZVOUS = timedelta(seconds=300)
 END_SECONDS = 30.0
+LOST = 1  # exit status of a rank whose harness is gone
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -39,12 +43,25 @@ class World:
     """The processes that a launcher started, and the store through which they talk."""
 
     def __init__(self, here: Launched) -> None:
-        from torch.distributed import rendezvous
+        from torch.distributed import DistError, rendezvous
 
         self.here = here
+        self.local: LocalRank | None = None
+        self.beat: Beat | None = None
         # As torch finds each other's processes: MASTER_ADDR, MASTER_PORT, or torchrun's own store.
-        self.store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS))
+        try:
+            self.store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS))
+        except DistError as error:
+            raise Busy(f"rank {here.rank} finds no other: {error}") from None
+        if here.rank:
+            self.beat = Beat(self.store, here.rank, self._pulse)
+        else:
+            self.peers = Peers(self.store, range(1, here.world_size), RENDEZVOUS)
         self._jobs = [0] * here.world_size
+
+    def _pulse(self) -> Pulse | None:
+        local = self.local
+        return None if local is None else local.pulse()
 
     @property
     def store_host(self) -> str:
@@ -70,7 +87,7 @@ class World:
             index = job.cells[0].settings.hardware.index + self.here.local_rank
             return LocalRank(job, place, index, scratch, self.store_host)
         number = self._jobs[place.rank]
-        self._jobs[place.rank] += 1
+        self._jobs[place.rank] += place.rank not in self.peers.lost
         return RemoteRank(self, job, place, number)
 
     def end(self, code: int) -> None:
@@ -78,19 +95,25 @@ class World:
         for rank in range(1, self.here.world_size):
             self.tell(f"start/{rank}/{self._jobs[rank]}", {"end": code})
         until = time.monotonic() + END_SECONDS
-        ended = [f"ended/{rank}" for rank in range(1, self.here.world_size)]
-        while ended and not self.store.check(ended) and time.monotonic() < until:
-            time.sleep(RELAY_SECONDS)  # the store may be this process's: it goes last
+        while time.monotonic() < until:  # the store may be this process's: it goes last
+            self.peers.look()
+            waited = set(range(1, self.here.world_size)) - self.peers.lost
+            if not waited or self.store.check([f"ended/{rank}" for rank in waited]):
+                return
+            time.sleep(RELAY_SECONDS)
 
 
 class RemoteRank:
     """A rank whose process another harness started."""
 
     def __init__(self, world: World, job: Job, place: Place, number: int) -> None:
-        self._world = world
+        self._world, self._rank = world, place.rank
         self._name = f"{place.rank}/{number}"
         self._heard = self._told = 0
         self._end: Record | None = None
+        if place.rank in world.peers.lost:
+            self._lose()
+            return
         fields = Place.__dataclass_fields__
         start = {
             "cells": [c.to_json() for c in job.cells],
@@ -117,12 +140,24 @@ class RemoteRank:
         self._told += 1
 
     def code(self) -> int | None:
-        """Exit status, which comes after its last record."""
+        """Exit status, which comes after its last record, or when its harness is gone."""
+        peers = self._world.peers
+        peers.look()
+        if self._end is None and self._rank in peers.lost:
+            self.kill()  # should it come back
+            self._lose()
         return None if self._end is None else int(self._end["code"])
+
+    def _lose(self) -> None:
+        self._end = {"code": LOST, "log": self._world.peers.loss(self._rank)}
 
     def kill(self) -> None:
         """Ask for its end."""
         self.send({"kill": True})
+
+    def pulse(self) -> Pulse | None:
+        """As its harness's last beat told it."""
+        return self._world.peers.pulse(self._rank)
 
     def log(self) -> str:
         """The end of its log, once it has ended."""
@@ -131,6 +166,8 @@ class RemoteRank:
 
 def follow(world: World) -> int:
     """Start and relay this process's ranks until rank 0 ends the run; its exit status."""
+    from torch.distributed import DistError
+
     rank = world.here.rank
     scratch = Path(tempfile.mkdtemp(prefix="kv-alloc-bench-"))
     try:
@@ -140,12 +177,16 @@ def follow(world: World) -> int:
             if start is None:
                 time.sleep(RELAY_SECONDS)
             elif "end" in start:
-                world.tell(f"ended/{rank}", {})
                 return int(start["end"])
             else:
                 _relay(world, start, f"{rank}/{number}", scratch)
                 number += 1
+    except DistError:
+        print(f"harness: rank {rank} ends: rank 0 and its store are gone", file=sys.stderr)
+        return 1
     finally:
+        with contextlib.suppress(DistError):
+            world.tell(f"ended/{rank}", {})  # after Ctrl-C too, or rank 0 would wait for us
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -153,6 +194,7 @@ def _relay(world: World, start: Record, name: str, scratch: Path) -> None:
     job = Job([cell_from_json(c) for c in start["cells"]], start["extra"])
     index = job.cells[0].settings.hardware.index + world.here.local_rank
     here = LocalRank(job, Place(**start["place"]), index, scratch, world.store_host)
+    world.local = here
     heard = told = 0
     try:
         while True:
@@ -170,6 +212,7 @@ def _relay(world: World, start: Record, name: str, scratch: Path) -> None:
                 here.kill() if "kill" in message else here.send(message)
             time.sleep(RELAY_SECONDS)
     finally:
+        world.local = None
         here.kill()
 
 
@@ -188,6 +231,8 @@ def joined_world() -> Iterator[World | None]:
     try:
         yield _world
     finally:
+        if _world.beat is not None:
+            _world.beat.stop()
         _world = None
 
 

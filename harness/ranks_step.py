@@ -80,11 +80,16 @@ def project(out: torch.Tensor, tensor_index: int, hidden: torch.Tensor) -> None:
 
 @dataclass(frozen=True)
 class MergedGate:
-    """Errors of merged and reduced outputs against float64."""
+    """Errors of merged and reduced outputs against float64.
+
+    ``distinct`` is whether no two context ranks' partials are alike: of ranks that are, one could
+    be merged twice for the other and nothing would show it.
+    """
 
     relative_rms: float
     lse_error: float
     reduced_error: float
+    distinct: bool = True
 
     @property
     def passed(self) -> bool:
@@ -93,6 +98,7 @@ class MergedGate:
             self.relative_rms < MAX_RELATIVE_RMS
             and self.lse_error < MAX_LSE_ERROR
             and self.reduced_error < MAX_REDUCED_ERROR
+            and self.distinct
         )
 
 
@@ -105,7 +111,7 @@ def check_merged(
     merge in float64 is attention over the whole sequence.
     """
     sizes = sizes_of(gate.settings)
-    squares, worst_lse, worst_sum = [0.0, 0.0], 0.0, 0.0
+    squares, worst_lse, worst_sum, distinct = [0.0, 0.0], 0.0, 0.0, True
     for index, content in enumerate(gate.contents):
         view = strategy.batch([sequence])[index]
         for layer in sorted({0, view.geometry.layers - 1}):
@@ -114,7 +120,9 @@ def check_merged(
             q = _shared_queries(gate, view, layer, group.place.tensor_index)
             out, lse = _decoded(gate, view, layer, q)
             merged, merged_lse = exchange.merge(out, lse)
-            want, want_lse, mine = _exact(gate, group, content, sequence, layer, q, tokens)
+            outs, lses, mine = _partials(gate, group, content, sequence, layer, q, tokens)
+            distinct = distinct and len(lses.unique(dim=0)) == len(lses)
+            want, want_lse = _merged(outs, lses)
             squares[0] += (merged[0, mine].double() - want).square().sum().item()
             squares[1] += want.square().sum().item()
             off = (merged_lse[0, mine].double() - want_lse).abs().max().item()
@@ -122,7 +130,7 @@ def check_merged(
             off = _sum_error(exchange, merged)
             worst_sum = max(worst_sum, off if off == off else math.inf)
     rms = math.sqrt(squares[0] / squares[1]) if squares[1] else math.nan
-    return MergedGate(rms, worst_lse, worst_sum)
+    return MergedGate(rms, worst_lse, worst_sum, distinct)
 
 
 def _decoded(
@@ -150,7 +158,7 @@ def _shared_queries(gate: Gate, view: View, layer: int, tensor_index: int) -> to
     return q.to(query_dtype(g.kv_dtype)).to(view.arena.device)
 
 
-def _exact(
+def _partials(
     gate: Gate,
     group: Collectives,
     content: Content,
@@ -159,9 +167,7 @@ def _exact(
     q: torch.Tensor,
     tokens: int,
 ) -> tuple[torch.Tensor, torch.Tensor, slice]:
-    """Float64 output and LSE over all context ranks' tokens, and the query heads that they are."""
-    import torch
-
+    """Every context rank's float64 output and LSE, and the query heads that they are of."""
     g = content.group.geometry
     head = layer % g.kv_heads
     mine = slice(head * g.group, (head + 1) * g.group)
@@ -170,26 +176,31 @@ def _exact(
     lses = lse.new_empty((group.context_size, *lse.shape))
     group.gather(outs, out.contiguous())
     group.gather(lses, lse.contiguous())
+    return outs, lses, mine
+
+
+def _merged(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Partials ``[ranks, R, D]`` and their base-2 LSE as one attention's, float64."""
+    import torch
+
     top = lses.amax(0)
     weights = torch.exp2(lses - top)
     total = weights.sum(0)
-    merged = (outs * weights[..., None]).sum(0) / total[:, None]
-    return merged, top + torch.log2(total), mine
+    return (outs * weights[..., None]).sum(0) / total[:, None], top + torch.log2(total)
 
 
 def _sum_error(exchange: Exchange, merged: torch.Tensor) -> float:
     """All-reduced hidden values against the float64 sum of what each tensor rank gave."""
     import torch
-    import torch.distributed as dist
 
     group, hidden = exchange.group, exchange.buffers.hidden
-    if exchange.sizes.tensor_ranks == 1 or group.tensor_group is None:
+    if exchange.sizes.tensor_ranks == 1:
         return 0.0
     project(merged, group.place.tensor_index, hidden)
     every = torch.empty(
         (group.tensor_size, *hidden.shape), dtype=torch.float32, device=hidden.device
     )
-    dist.all_gather_into_tensor(every.flatten(0, 1), hidden.float(), group=group.tensor_group)
+    group.gather_tensor(every, hidden.float())
     want = every.double().sum(0)
     got = exchange.reduce().double()
     return float((got - want).norm() / want.norm())
@@ -230,13 +241,22 @@ def time_step(
 
 def _sampled(watch: Stopwatch, team: Team, step: Callable[[], None]) -> Samples:
     run = _captured(watch, step) if watch.on_cuda else step
+
+    def once_ms() -> float:
+        if not watch.on_cuda:  # the collectives count themselves
+            return watch.once_ms(run)
+        team.counters.enter("replay of a decode step")
+        taken = watch.once_ms(run)
+        team.counters.leave()
+        return taken
+
     team.join("warm-up")
-    warmup = watch.once_ms(run)
-    one = watch.once_ms(run)
+    warmup = once_ms()
+    one = once_ms()
     limit = watch.settings.trial.max_samples
     wanted = max(MIN_SAMPLES, min(limit, int(BUDGET_MS / max(one, 1e-3))))
     count = min(team.join("samples", wanted))
-    return Samples(tuple(watch.once_ms(run) for _ in range(count)), warmup)
+    return Samples(tuple(once_ms() for _ in range(count)), warmup)
 
 
 def _captured(watch: Stopwatch, step: Callable[[], None]) -> Callable[[], None]:
@@ -267,7 +287,8 @@ def merged_columns(gate: MergedGate) -> dict[str, Any]:
     return row | {
         "status": "invalid",
         "error": f"gate of merged ranks: relative RMS {gate.relative_rms:.3g} (allowed "
-        f"{MAX_RELATIVE_RMS}), LSE {gate.lse_error:.3g}, sum {gate.reduced_error:.3g}",
+        f"{MAX_RELATIVE_RMS}), LSE {gate.lse_error:.3g}, sum {gate.reduced_error:.3g}"
+        + ("" if gate.distinct else ", and two ranks hold the same tokens"),
     }
 
 

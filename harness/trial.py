@@ -185,9 +185,9 @@ class Trial:
     @property
     def _content_seed(self) -> int:
         """Ranks hold different tokens and different KV heads, but for copies of a head."""
-        place, kv_heads = self.team.place, self.settings.model.kv_heads_total
-        head = place.tensor_index * min(kv_heads, place.tensor_ranks) // place.tensor_ranks
-        return (self.settings.seed + 7919 * (head + kv_heads * place.context_index)) % (1 << 32)
+        place, total = self.team.place, self.settings.model.kv_heads_total
+        share = place.kv_heads(total).start + total * place.context_index
+        return (self.settings.seed + 7919 * share) % (1 << 32)
 
     def _fill_and_time(self, filler: Filler) -> dict[str, Any]:
         """Fill to the cell's target, time it, and say how it ended."""

@@ -20,7 +20,8 @@ from typing import Any
 from harness.cell import cell_from_json
 from harness.oom_killer import oom_kills
 from harness.ranks import Place
-from harness.ranks_control import Control
+from harness.ranks_control import Control, Emit
+from harness.ranks_pulse import Counters
 from harness.trial import Trial
 
 PR_SET_PDEATHSIG = 1
@@ -56,6 +57,15 @@ def awaited_spec(parent: int) -> str | None:
     return path
 
 
+def _team(spec: dict[str, Any], emit: Emit) -> Control | None:
+    """The ranks that this process is one of; None for a rank by itself."""
+    team = spec.get("team")
+    if team is None:
+        return None
+    counters = Counters(Path(team["counters"]))
+    return Control(Place(**team["place"]), emit, counters=counters)
+
+
 def main(path: str) -> int:
     """Run the trial that a spec file describes."""
     spec = json.loads(Path(path).read_text())
@@ -69,9 +79,7 @@ def main(path: str) -> int:
         try:
             emit({"type": "began", "oom_kills": oom_kills()})
             cells = [cell_from_json(c) for c in spec["cells"]]
-            place = spec.get("team")
-            team = None if place is None else Control(Place(**place), emit)
-            Trial(cells, emit, spec["extra"], team).run()
+            Trial(cells, emit, spec["extra"], _team(spec, emit)).run()
         except Exception as error:  # the harness turns this into a row with status=crash
             emit({"type": "error", "error": f"{type(error).__name__}: {error}"})
             traceback.print_exc()

@@ -75,12 +75,19 @@ RUNS = {
     ),
 }
 
-TWO_RANKS = (*SMALL, "parallel.ranks=2", "fill=0", "trial.timing=false")
+# Each rank has 16 pages of one sequence.
+TIMED_PAIR = (
+    "parallel=context",
+    "context=4096",
+    "sweep.contexts=[4096]",
+    "fill=1",
+    "trial.max_samples=3",
+)
 
 
 def torchrun(*flags: str) -> list[str]:
     """The command of a run on two ranks under torchrun; the harness's words follow."""
-    return ["-m", "torch.distributed.run", *flags, "-m", "harness", *TWO_RANKS]
+    return ["-m", "torch.distributed.run", *flags, "-m", "harness", *SMALL, "parallel.ranks=2"]
 
 
 def _command(words: tuple[str, ...], folder: Path) -> Ended:
@@ -97,7 +104,7 @@ def _nodes(folder: Path) -> tuple[list[int], list[str], Path]:
         start(
             [
                 *torchrun(*common, "--master-port", port, "--node-rank", str(node)),
-                "parallel=context",
+                *TIMED_PAIR,
                 f"results={folder / 'runs'}",
             ],
             folder,
@@ -108,8 +115,11 @@ def _nodes(folder: Path) -> tuple[list[int], list[str], Path]:
     return [p.returncode for p in started], said, folder
 
 
-def _layouts(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Of every layout (tensor x context ranks), each rank's error against both references."""
+def _layouts(folder: Path) -> dict[str, list[tuple[float, ...]]]:
+    """Of every layout (tensor x context ranks), what each rank came to.
+
+    Its error against both references, and the collectives that it entered and left.
+    """
     done = subprocess.run(
         [sys.executable, "-m", "tests.harness.gloo_ranks", str(folder)],
         cwd=ROOT,
@@ -119,10 +129,10 @@ def _layouts(folder: Path) -> dict[str, list[tuple[float, float]]]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: dict[str, list[tuple[float, ...]]] = {}
     for line in done.stdout.splitlines():
-        tensor, context, stored, values = line.split()
-        found.setdefault(f"{tensor}x{context}", []).append((float(stored), float(values)))
+        tensor, context, *figures = line.split()
+        found.setdefault(f"{tensor}x{context}", []).append(tuple(map(float, figures)))
     return found
 
 

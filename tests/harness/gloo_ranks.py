@@ -15,18 +15,20 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 
+from harness.model_spec import ModelSpec
 from harness.ranks import Place, share_tokens
 from harness.ranks_buffers import make_buffers
 from harness.ranks_group import Collectives, Sizes
+from harness.ranks_pulse import Counters
 from harness.ranks_step import Exchange, project
 from kernels import ops
 from kernels.reference import attention, dequantise, quantise
-from kernels.view import Geometry
 from strategies.device_host import HostDevice
-from strategies.model import KVModel, LayerGroup
 from strategies.paged import Paged
 
 Q_HEADS, KV_HEADS, DIM = 8, 2, 64
+PAGE_TOKENS = 128
+MODEL = ModelSpec("test", 1, Q_HEADS, KV_HEADS, DIM, "fp8_e4m3", Q_HEADS * DIM, DIM, 0)
 LENGTHS = (1500, 1157)  # eight ranks have a page each, some a part of one
 LAYOUTS = ((2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (8, 1), (2, 4), (1, 8))
 
@@ -55,41 +57,35 @@ def one_rank(stored: bool) -> torch.Tensor:
     return torch.stack(outs)
 
 
-def local_heads(place: Place) -> tuple[int, int]:
-    """Number of this rank's KV heads, and the first of them; copies when ranks exceed heads."""
-    heads = max(1, KV_HEADS // place.tensor_ranks)
-    return heads, place.tensor_index * KV_HEADS // place.tensor_ranks
-
-
 def filled(place: Place) -> Paged:
-    """The rank's own strategy with its share of both sequences."""
-    heads, first = local_heads(place)
-    geometry = Geometry(1, heads, Q_HEADS // place.tensor_ranks, DIM)
-    model = KVModel("test", (LayerGroup("full", geometry, 2),))
-    strategy = Paged(HostDevice(1 << 24), model, 4096, len(LENGTHS))
+    """The rank's own strategy, its heads and its share of both sequences as the harness has them.
+
+    What it stores is picked token by token: page p is of context rank p mod their number.
+    """
+    model = MODEL.kv_model(place.tensor_ranks, PAGE_TOKENS, 1)
+    heads = list(place.kv_heads(KV_HEADS))
+    strategy = Paged(HostDevice(1 << 26), model, 4096, len(LENGTHS))
     strategy.start()
     for sequence, length in enumerate(LENGTHS):
-        own = share_tokens(length, 128, place.context_ranks, place.context_index)
-        pages = range(place.context_index * 128, length, place.context_ranks * 128)
-        at = [token for page in pages for token in range(page, min(page + 128, length))]
-        assert len(at) == own
+        ranks, own = place.context_ranks, place.context_index
+        at = [token for token in range(length) if token // PAGE_TOKENS % ranks == own]
         strategy.open(sequence, 4096)
-        strategy.extend(sequence, own)
-        k, v = (x[at, first : first + heads] for x in content(sequence))
+        strategy.extend(sequence, share_tokens(length, PAGE_TOKENS, ranks, own))
+        k, v = (x[at][:, heads] for x in content(sequence))
         ops.append_run(strategy.batch([sequence])[0], 0, k, v, 0, 0)
     return strategy
 
 
-def step(place: Place) -> torch.Tensor:
+def step(place: Place, counters: Counters) -> torch.Tensor:
     """One decode step: attention, merge over pages, sum over heads; ``[S, hidden]``."""
     strategy = filled(place)
     view = strategy.batch(range(len(LENGTHS)))[0]
-    width = Q_HEADS // place.tensor_ranks
+    width = MODEL.q_heads(place.tensor_ranks)
     q = queries()[:, place.tensor_index * width :][:, :width].contiguous()
     out, lse = ops.decode(view, 0, q, ops.plan_decode(view))
     hidden = Q_HEADS * DIM
     sizes = Sizes(len(LENGTHS), width, DIM, hidden, 1, place.tensor_ranks, place.context_ranks)
-    group = Collectives(SimpleNamespace(place=place), "cpu")
+    group = Collectives(SimpleNamespace(place=place, counters=counters), "cpu")
     exchange = Exchange(group, sizes, make_buffers(view, sizes, group.context_size, None))
     merged, _ = exchange.merge(out, lse)
     project(merged, place.tensor_index, exchange.buffers.hidden)
@@ -105,13 +101,14 @@ def rank_process(place: Place, store: Path, result: Path) -> None:
         world_size=place.world_size,
         timeout=timedelta(seconds=60),
     )
-    torch.save(step(place), result)
+    counters = Counters()
+    torch.save((step(place, counters), counters.entered, counters.left), result)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_layout(tensor: int, context: int, folder: Path) -> list[torch.Tensor]:
-    """Every rank's reduced output."""
+def run_layout(tensor: int, context: int, folder: Path) -> list[tuple[torch.Tensor, int, int]]:
+    """Every rank's reduced output, and the collectives that it entered and left."""
     world = tensor * context
     results = [folder / f"out{rank}.pt" for rank in range(world)]
     children = []
@@ -144,8 +141,8 @@ def main(folder: Path) -> None:
     for tensor, context in LAYOUTS:
         own = folder / f"{tensor}x{context}"
         own.mkdir()
-        for out in run_layout(tensor, context, own):
-            print(tensor, context, relative(out, stored), relative(out, values))
+        for out, *counted in run_layout(tensor, context, own):
+            print(tensor, context, relative(out, stored), relative(out, values), *counted)
 
 
 if __name__ == "__main__":

@@ -12,9 +12,16 @@ def test_every_rank_holds_the_output_of_one_rank(layout, layouts):
     tensor, context = map(int, layout.split("x"))
     own = layouts[layout]
     assert len(own) == tensor * context
-    for stored, values in own:
+    for stored, values, *_ in own:
         assert stored < 4e-3, "bf16's rounding of the reduced output"
         assert values < 5e-2, "FP8's rounding of K and V"
+
+
+def test_ranks_count_their_collectives_alike(layouts):
+    for own in layouts.values():
+        assert len({tuple(counted) for _, _, *counted in own}) == 1
+        (entered, left), *_ = (counted for _, _, *counted in own)
+        assert entered == left > 0
 
 
 def test_the_layouts_are_those_that_ran(layouts):

@@ -160,6 +160,41 @@ def test_bad_input_is_one_line(capsys, word, named):
     assert named in err and err.count("\n") == 1
 
 
+SCALING = ("experiment=scaling", "model=report", "parallel=context", "hardware=scale_model")
+
+
+def test_every_arm_of_an_experiment_is_planned(capsys):
+    code, out, err = ask(capsys, *SCALING)
+    assert (code, err) == (0, "")
+    lines = out[out.index("\nplanned ") :].splitlines()[3:]
+    for ranks, line in zip((2, 4, 8, 16, 32, 64), lines, strict=True):
+        assert line.startswith(f"paged, emulated_ranks {ranks} ")
+    assert "1 of 6: paged, emulated_ranks 2\npaged at 10M: " in out
+    made = json.loads(ask(capsys, *SCALING, "json=true")[1])["strategies"]
+    held = [one["resident"]["ok"] for one in made.values()]
+    assert len(held) == 6 and held == sorted(held) and held[-1] == 10_000_000
+    assert all(f"  {tokens:,}  " in line for tokens, line in zip(held, lines, strict=True))
+
+
+def test_contexts_of_one_arm_are_told_apart(capsys):
+    _, out, _ = ask(capsys, "-m", "context=1M,2M", "hardware=h200", "json=true")
+    assert list(json.loads(out)["strategies"]) == ["paged, context 1M", "paged, context 2M"]
+
+
+def test_context_ranks_are_planned_in_tokens_of_whole_sequences(capsys):
+    words = ("parallel=context", "parallel.ranks=4", "hardware=h200")
+    _, out, _ = ask(capsys, *words, "json=true")
+    (entry,) = json.loads(out)["strategies"].values()
+    assert entry["startup"]["ok"] == 10_000_000
+    ok, not_ok = entry["admit"]["ok"], entry["admit"]["not_ok"]
+    assert 1_000_000 < ok == not_ok - 1
+    _, out, _ = ask(capsys, *words)
+    assert f"context={ok}" in out and "paged starts at 10M; " in out
+    for context, admitted in ((ok, True), (not_ok, False)):
+        _, out, _ = ask(capsys, *words, f"context={context}")
+        assert ("accepts requests of up to" not in out) == admitted
+
+
 def test_the_command_imports_nothing_that_it_does_not_need():
     """What takes long to import, numpy included: a prediction takes under a second."""
     script = (

@@ -10,13 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness import ranks_launch
-from harness.cell import Cell
-from harness.launch import Job
 from harness.ranks import Launched, Place, all_tokens, launched, share_tokens
 from harness.ranks_control import Alone, Control, EndedByPeer
-from harness.ranks_ends import ENDED_BY_PEER, Failure, RankEnd, settle, timed_out
-from harness.ranks_launch import Conductor
+from harness.ranks_ends import ENDED_BY_PEER, Failure, settle
 from harness.ranks_summary import complete, held_tokens, per_trial
 from harness.runs import frame, trials
 from harness.sizes import BadValue
@@ -47,6 +43,14 @@ def test_a_share_is_the_pages_that_are_dealt_to_a_rank(tokens, ranks):
 def test_the_longest_sequence_of_a_share_is_the_longest(local, ranks):
     longest = all_tokens(local, 128, ranks)
     assert share_tokens(longest, 128, ranks) <= local < share_tokens(longest + 1, 128, ranks)
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 2, 4, 8, 16]), st.sampled_from([1, 2, 5]))
+def test_a_rank_has_the_kv_heads_that_its_query_heads_read(kv_heads, ranks, group):
+    q_heads = max(kv_heads, ranks) * group
+    for rank in range(ranks):
+        read = {h * kv_heads // q_heads for h in range(q_heads) if h * ranks // q_heads == rank}
+        assert set(Place(rank, ranks, ranks).kv_heads(kv_heads)) == read
 
 
 def test_groups_of_the_product_of_tensor_and_context_ranks():
@@ -184,47 +188,6 @@ def test_a_rank_by_itself_waits_for_nothing():
     assert not alone.broken()
 
 
-def test_the_rank_that_the_others_wait_for_is_the_one_that_hangs():
-    ends = [RankEnd(rank) for rank in range(3)]
-    for end in ends:
-        said(end, "stage", "pool")
-    for end in (ends[0], ends[2]):
-        said(end, "join", "1 ready")
-    late = timed_out(ends)
-    assert (late.rank, late.status, late.silent) == (1, "timeout", (1,))
-    assert late.said == "rank 1 had not answered since pool began"
-
-
-def test_every_rank_that_has_not_answered_is_named():
-    ends = [RankEnd(rank) for rank in range(4)]
-    for end in ends:
-        said(end, "stage", "nccl")
-    for end in (ends[0], ends[2]):
-        said(end, "stage", "weights")
-    late = timed_out(ends)
-    assert (late.rank, late.silent) == (1, (1, 3))
-    assert late.said == "ranks 1 and 3 had not answered since communicator began"
-
-
-def test_none_of_those_that_came_equally_far_is_blamed():
-    ends = [RankEnd(rank) for rank in range(3)]
-    late = timed_out(ends)
-    assert (late.rank, late.silent) == (None, (0, 1, 2))
-    assert late.said == "ranks 0, 1 and 2 had not answered since the start"
-
-
-def test_the_last_rank_that_runs_is_the_one_that_hangs():
-    end = RankEnd(2)
-    said(end, "stage", "decode")
-    assert timed_out([end]).rank == 2
-
-
-def said(end: RankEnd, kind: str, stage: str) -> None:
-    record = {"type": kind, "stage": stage}
-    end.records.append(record)
-    end.advance(record)
-
-
 def row(rank: int, status: str, tokens: int = 0, **more) -> dict:
     base = {"trial_id": "a", "rank": rank, "status": status, "resident_tokens": tokens}
     base |= {"context_ranks": 1, "world_size": 3, "basis": "scale_model", "admitted": "true"}
@@ -264,43 +227,6 @@ def test_ranks_that_all_hang_time_out_without_one_to_blame():
     assert [r["status"] for r in settled] == ["timeout", "timeout"]
     assert {r["error"] for r in settled} == {late["error"]}
     assert not any(r.get("failed_rank") for r in settled)
-
-
-class Stuck:
-    """A rank that began decode and says no more, until it is killed."""
-
-    def __init__(self) -> None:
-        self.left = [{"type": "stage", "stage": "decode"}]
-        self.ended: int | None = None
-
-    def records(self) -> list[dict]:
-        left, self.left = self.left, []
-        return left
-
-    def send(self, message: dict) -> None:
-        """It hears nothing."""
-
-    def code(self) -> int | None:
-        return self.ended
-
-    def kill(self) -> None:
-        self.ended = -9
-
-    def log(self) -> str:
-        return "FutureWarning: something is deprecated"
-
-
-def test_ranks_that_stop_in_one_collective_are_all_named(monkeypatch):
-    monkeypatch.setattr(ranks_launch, "STOP_GRACE_SECONDS", 0.0)
-    words = ("hardware=scale_model", "parallel.ranks=4", "parallel.processes=3")
-    settings = compose_settings([*words, "trial.timeout_seconds=1"])
-    job = Job([Cell(settings, 1000)])
-    rows = Conductor(job, [Stuck() for _ in range(3)]).run().rows
-    assert {r["status"] for r in rows} == {"timeout"}
-    assert {r["error"] for r in rows} == {
-        "killed after 1 s: ranks 0, 1 and 2 had not answered since decode began"
-    }
-    assert not any(r.get("failed_rank") for r in rows)
 
 
 def test_a_trial_is_its_largest_peak_smallest_share_and_slowest_rank():

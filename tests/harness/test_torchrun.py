@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,34 @@ def test_two_nodes_make_one_folder(nodes):
     assert sorted(run.timeline["rank"].unique()) == [0, 1]
 
 
+def test_each_rank_is_timed_behind_the_gates(nodes):
+    run = load_run(run_folder(nodes[2] / "runs"))
+    assert list(run.rows["resident_tokens"]) == [2048, 2048]
+    assert all(run.rows["merged_gate_error"] > 0) and all(run.rows["merged_gate_error"] < 0.05)
+    for time, samples in (
+        ("attention_decode_step_ms", "decode_samples"),
+        ("parallel_decode_step_ms", "parallel_decode_samples"),
+        ("collective_ms", "collective_samples"),
+    ):
+        assert all(run.rows[time] > 0) and all(run.rows[f"{time}_iqr"] >= 0)
+        assert run.rows[samples].nunique() == 1 and all(run.rows[samples] >= 2)
+    assert all(run.rows["collective_bytes"] > 0)
+
+
+def test_every_timing_of_a_rank_is_kept_with_its_rank(nodes):
+    folder = run_folder(nodes[2] / "runs")
+    rows = {r["rank"]: r for r in load_run(folder).rows.to_dict("records")}
+    samples = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    kept = {(s["rank"], s["what"]): s["ms"] for s in samples if "ms" in s}
+    for rank, row in rows.items():
+        for what, time in (
+            ("decode", "attention_decode_step_ms"),
+            ("decode_all_ranks", "parallel_decode_step_ms"),
+            ("collectives", "collective_ms"),
+        ):
+            assert statistics.median(kept[rank, what]) == pytest.approx(row[time])
+
+
 def test_only_rank_0_speaks(nodes):
     _, (second, first), _ = nodes
     assert re.search(r"^results ", first, re.MULTILINE)
@@ -44,9 +73,10 @@ def test_summary_tells_the_spread_of_the_ranks(nodes):
     assert ranks["failed_ranks"] == []
     rows = load_run(run_folder(folder / "runs")).rows
     assert ranks["largest_peak"]["peak_device_bytes"] == rows["peak_device_bytes"].max()
-    apart = ranks["spread"]["startup_seconds"]
-    assert apart["smallest"] == rows["startup_seconds"].min()
-    assert apart["largest"] == rows["startup_seconds"].max()
+    for time in ("startup_seconds", "attention_decode_step_ms", "collective_ms"):
+        apart = ranks["spread"][time]
+        assert apart["smallest"] == rows[time].min()
+        assert apart["largest"] == rows[time].max()
 
 
 def test_the_report_has_a_table_of_ranks(nodes):
@@ -54,6 +84,7 @@ def test_the_report_has_a_table_of_ranks(nodes):
     said = (run_folder(folder / "runs") / "report.md").read_text().partition("\n## Ranks\n")[2]
     assert "| paged | largest peak |" in said
     assert "| paged | slowest start |" in said
+    assert "| paged | slowest collectives |" in said
 
 
 def test_no_process_is_left(nodes):
@@ -65,6 +96,7 @@ def test_no_process_is_left(nodes):
 def test_kill_9_of_a_rank_under_torchrun(tmp_path):
     fault = ("fault.kind=kill", "fault.phase=pool", "fault.rank=1")
     words = (*torchrun("--standalone", "--nproc-per-node", "2"), *fault)
+    words += ("fill=0", "trial.timing=false")
     process = start([*words, f"results={tmp_path / 'runs'}"], tmp_path)
     said = process.communicate(timeout=LIMIT_SECONDS)[0]
     assert process.returncode == 0, said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import assume, example, given, settings
@@ -13,6 +14,7 @@ from harness.cell import Cell
 from harness.columns import ordered
 from harness.launch import unfinished
 from harness.provenance import attempt
+from harness.ranks import Place
 from harness.rows import own_crash
 from harness.sizes import BadValue
 from harness.steps import STEP_TOKENS
@@ -284,6 +286,16 @@ def test_a_fill_that_is_refused_ends_every_cell_that_is_left():
     assert rows[1]["oom_phase"] == "fill" and rows[1]["resident_limited_by"] == "oom"
     assert rows[1]["grow_events"] > 0 and rows[1]["grow_stall_us_p99"] > 0
     assert events[-1]["phase"] == "fill" and "refused" in events[-1]["allocation"]
+
+
+def test_ranks_hold_tokens_and_heads_of_their_own_and_copies_of_a_head_alike():
+    own = made("model=qwen3_30b_a3b")  # 4 KV heads
+    seeds = {}
+    for rank in range(16):
+        place = Place(rank, 16, tensor_ranks=8, context_ranks=2)
+        seed = Trial([Cell(own, 1)], print, {}, SimpleNamespace(place=place))._content_seed
+        seeds.setdefault(seed, []).append((place.tensor_index // 2, place.context_index))
+    assert sorted(seeds.values()) == [[(h, c)] * 2 for h in range(4) for c in range(2)]
 
 
 VLLM_AUTO = ("strategy=vllm", "strategy.max_model_len=auto", "strategy.max_num_seqs=16")
