@@ -48,7 +48,7 @@ NOISE = "FutureWarning: something is deprecated\n"
             "terminate called\n  what():  no route\n",
             2,
             "SIGABRT",
-            "rank 2 was killed by signal 6 (SIGABRT): what(): no route",
+            "rank 2 was killed by signal 6 (SIGABRT): no route",
         ),
         (1, NOISE + "ImportError: no torch\n", 1, None, "ImportError: no torch"),
     ],
