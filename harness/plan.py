@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from harness.cell import Cell
 from harness.closed_pipe import ends_quietly
 from harness.compose import as_typed, expand
-from harness.forecast import check, plan_spec
+from harness.forecast import cell_spec, check
 from harness.planner import largest_context_that_starts, oom_points, predict
 from harness.planner_changes import Change, longest_accepted, smallest_change
 from harness.planner_engines import ENGINES
@@ -87,7 +88,7 @@ class Answer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         fill = settings.fills[-1] if settings.fills else 1.0
-        self.spec: PlanSpec = plan_spec(settings, fill=fill)
+        self.spec: PlanSpec = cell_spec(Cell(settings, settings.context_tokens, fill))
         self.made: Prediction = predict(self.spec)
         self.points = oom_points(self.spec)
         self.changes: dict[str, Change | None] = {}

@@ -137,6 +137,7 @@ def test_a_batch_is_filled_to_its_own_lengths_and_timed():
     lengths = batch_lengths(Cell(settings, 4096))
     assert row["status"] == "ok" and row["gate_error"] < 0.05
     assert row["resident_tokens"] == sum(lengths) and len(set(lengths)) == 5
+    assert row["predicted_kv_bytes"] == row["kv_committed_bytes"]
     assert lengths[-1] == max(lengths) and all(100 <= n <= 4096 for n in lengths)
     assert row["attention_decode_tokens_per_second"] == pytest.approx(
         5e3 / row["attention_decode_step_ms"]
