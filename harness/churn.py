@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from harness.admission import longest_admissible
 from harness.growth import Growth
-from harness.shares import Means, Parts, snapshot
+from harness.shares import Means, Parts, Uses
 from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
 
@@ -76,7 +76,7 @@ class Churn:
         self.means, self.growth, self.admissible = Means(), Growth(), Admissible()
         self.opened = self.refused = self.refused_while_free = self.cut_short = 0
         self.operation = self.peak_open = 0
-        self.totals: dict[int, int] = {}  # open sequences and the tokens that they end with
+        self._uses = Uses(strategy, token_bytes)
         self._open_operations = 0
         self._chance = random.Random(f"churn/{seed}")
         self._observe, self._every = observe, max(1, len(lengths) // observations)
@@ -97,9 +97,14 @@ class Churn:
         self._observe(self)
 
     @property
+    def totals(self) -> dict[int, int]:
+        """Open sequences and the tokens that they end with."""
+        return self._uses.totals
+
+    @property
     def resident_tokens(self) -> int:
         """Tokens of all open sequences."""
-        return sum(self.strategy.resident_tokens(s) for s in self.totals)
+        return self._uses.resident_tokens
 
     @property
     def mean_open(self) -> float:
@@ -109,7 +114,7 @@ class Churn:
     @property
     def parts(self) -> Parts:
         """K/V bytes by their use, now."""
-        return snapshot(self.strategy, self.token_bytes, self.totals)
+        return self._uses.parts
 
     def free_tokens(self) -> int:
         """Tokens that would fit if every byte that no sequence was given could be used."""
@@ -125,7 +130,7 @@ class Churn:
 
     def _held_bytes(self) -> int:
         """Bytes that sequences were given, used or not."""
-        return sum(self.strategy.room_tokens(s) for s in self.totals) * self.token_bytes
+        return self._uses.room_tokens * self.token_bytes
 
     def _open(self, tokens: int) -> None:
         tokens = min(tokens, self.context_tokens)
@@ -136,7 +141,7 @@ class Churn:
             return
         sequence = self.operation
         self.strategy.open(sequence, tokens)
-        self.totals[sequence] = tokens
+        self._uses.read(sequence, tokens)
         self.opened += 1
         self.peak_open = max(self.peak_open, len(self.totals))
         self._extend(sequence, max(1, math.floor(tokens * FIRST_SHARE)))
@@ -155,6 +160,7 @@ class Churn:
         """Grow; a sequence that finds no memory ends there."""
         try:
             self.growth.extend(self.strategy, sequence, tokens)
+            self._uses.read(sequence, self.totals[sequence])
         except (OutOfMemory, Refused):
             self.cut_short += 1
             self._close(sequence)
@@ -165,7 +171,7 @@ class Churn:
 
     def _close(self, sequence: int) -> None:
         self.strategy.close(sequence)
-        del self.totals[sequence]
+        self._uses.closed(sequence)
 
     def _count(self) -> None:
         self.means.add(self.parts, 1)
