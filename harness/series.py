@@ -12,7 +12,7 @@ import pandas as pd
 from harness.columns import COLUMNS
 from harness.rows import NOT_OF_ENGINES
 from harness.runs import clean, frame, trials
-from harness.sizes import MIB
+from harness.sizes import MIB, parse_bytes
 from harness.tabular import tokens
 
 # What may tell two curves of one strategy apart, in the order in which it is named.
@@ -59,6 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
+CHUNK_ASKED = re.compile(r"chunk[ _](\d+ ?[KMG]iB)")
 ACRONYMS = ("kv", "fp8", "bf16")
 ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
@@ -96,7 +97,12 @@ class Series:
     def own_name(self) -> str:
         """The arm's own name in words and what else tells the curve apart; else the label."""
         rest = self.label.removeprefix(f"{self.strategy}, {self.arm}")
-        return spoken(self.arm) + rest if self.arm else self.label
+        return with_real_chunk(spoken(self.arm), self.rows) + rest if self.arm else self.label
+
+    @property
+    def sized_label(self) -> str:
+        """The label, with a chunk's real size behind the one that the arm is named by."""
+        return with_real_chunk(self.label, self.rows) if self.arm else self.label
 
     @property
     def spoken_label(self) -> str:
@@ -146,6 +152,18 @@ def spoken(arm: str) -> str:
     """Return an arm's name in words: ``fp8_kv`` as ``FP8 KV``, ``page_2MiB`` as ``page 2 MiB``."""
     words = " ".join(w.upper() if w in ACRONYMS else w for w in arm.split("_"))
     return re.sub(r"(\d)([KMG]iB)\b", r"\1 \2", words)
+
+
+def with_real_chunk(name: str, rows: pd.DataFrame) -> str:
+    """Return an arm's name with the size of its chunks behind the one asked for, if it differs.
+
+    A chunk holds whole pages of every layer, so that ``chunk_2MiB`` may be one of 6 MiB.
+    """
+    asked = CHUNK_ASKED.search(name)
+    sizes = (rows["chunk_bytes"] * scale(rows)).dropna().unique()
+    if asked is None or len(sizes) != 1 or sizes[0] == parse_bytes(asked[1], "chunk"):
+        return name
+    return f"{name[: asked.end()]} ({sizes[0] / MIB:.4g} MiB){name[asked.end() :]}"
 
 
 def _arms(rows: pd.DataFrame, leave: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
