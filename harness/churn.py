@@ -5,6 +5,9 @@ What is lost to fragmentation, and does memory come back?
 Occupancy follows a triangular wave between ``LOW`` and 1 of what the strategy can hold, so that
 memory is filled, and then drained by closing sequences at random, several times. The last operation
 closes everything.
+
+A clock of decode steps tells how long that would have been: what a sequence is opened with is its
+prompt, what it grows by it has generated, and in a step every open sequence generates a token.
 """
 
 from __future__ import annotations
@@ -76,6 +79,7 @@ class Churn:
         self.means, self.growth, self.admissible = Means(), Growth(), Admissible()
         self.opened = self.refused = self.refused_while_free = self.cut_short = 0
         self.operation = self.peak_open = 0
+        self.decode_steps = 0.0
         self._uses = Uses(strategy, token_bytes)
         self._open_operations = 0
         self._chance = random.Random(f"churn/{seed}")
@@ -154,7 +158,9 @@ class Churn:
         total = self.totals[sequence]
         lacking = total - self.strategy.resident_tokens(sequence)
         if lacking:
-            self._extend(sequence, min(lacking, -(-total // (2 * GROWTH_STEPS))))
+            tokens = min(lacking, -(-total // (2 * GROWTH_STEPS)))
+            self.decode_steps += tokens / len(self.totals)
+            self._extend(sequence, tokens)
 
     def _extend(self, sequence: int, tokens: int) -> None:
         """Grow; a sequence that finds no memory ends there."""

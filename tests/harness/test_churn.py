@@ -87,6 +87,29 @@ def test_what_is_counted_on_the_way_is_what_the_strategy_says(name):
     assert churn.cut_short + churn.opened > 50
 
 
+def test_a_step_of_the_clock_is_a_token_of_every_open_sequence():
+    """Between two readings no more is generated than all open sequences do in the steps passed."""
+    grown = []
+
+    class Watched(Churn):
+        def _grow_some(self):
+            open_, before = len(self.totals), self.decode_steps
+            tokens = self.resident_tokens
+            super()._grow_some()
+            more = self.resident_tokens - tokens
+            if more > 0:  # else nothing grew, or a sequence that found no memory was closed
+                assert (self.decode_steps - before) * open_ == pytest.approx(more)
+                grown.append(more)
+
+    device = HostDevice(60 * SCALED.groups[0].chunk_bytes)
+    strategy = build("paged", device, SCALED, CONTEXT, 256)
+    strategy.start()
+    lengths = mixed_lengths(0, 400, 256, CONTEXT)
+    churn = Watched(strategy, SCALED.token_bytes, device.free_bytes(), lengths, CONTEXT, 0)
+    churn.run()
+    assert len(grown) > 50 and sum(grown) / churn.peak_open < churn.decode_steps < sum(grown)
+
+
 def test_slots_fragment_and_pages_do_not():
     exact = churned("static", mem_fraction_of="device", slot_policy="exact")[0]
     pages = churned("eager_pages")[0]

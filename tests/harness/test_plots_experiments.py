@@ -15,6 +15,7 @@ from harness.plots_granularity import figure_granularity
 from harness.plots_precision import figure_precision
 from harness.plots_sharing import SHARES, figure_waste
 from harness.runs import frame
+from harness.tables import sweep
 from tests.harness.run_fixture import GIB, SUMMARY, cell, events, legend, texts
 
 
@@ -126,7 +127,7 @@ def churn_rows():
     rows = [
         cell("static", 1_000_000, 0.5) | whole | {"kv_end_committed_bytes": 8 * GIB},
         cell("paged", 1_000_000, 1.0) | whole | grown,
-        cell("paged", 1_000_000, 1.0, chunk_bytes=1 << 21) | whole | grown | {"arm": "chunk_2MiB"},
+        cell("paged", 1_000_000, 1.0, chunk_bytes=6 << 20) | whole | grown | {"arm": "chunk_2MiB"},
         cell("eager_pages", 1_000_000, 1.0) | {"status": "crash"},
     ]
     return [r | {"experiment": "fragmentation"} for r in rows]
@@ -143,7 +144,7 @@ def test_churn_draws_committed_and_live_bytes_of_every_arm_over_its_operations()
     ]
     figure = figure_churn(frame(rows), pd.DataFrame(changes))
     titles = [a.get_title(loc="left") for a in figure.axes if a.axison]
-    assert titles == ["static", "paged", "chunk 2 MiB", "eager_pages"]
+    assert titles == ["static", "paged", "chunk 2 MiB (6 MiB)", "eager_pages"]
     said = texts(figure)
     assert "no ledger events" in said and "no ledger events (crash)" in said
     for axes in figure.axes[1:3]:  # a slow arm is as wide as a fast one
@@ -156,11 +157,29 @@ def test_churn_draws_committed_and_live_bytes_of_every_arm_over_its_operations()
 def test_what_churn_costs_is_a_bar_an_arm_and_metric():
     figure = figure_fragmentation(frame(churn_rows()))
     assert [len(axes.patches) for axes in figure.axes] == [4] * 6
-    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert names == ["static", "paged", "chunk 2 MiB", "eager_pages"]
+    names = [t.get_text().replace("\n", " ") for t in figure.axes[0].get_yticklabels()]
+    assert names == ["static", "paged", "chunk 2 MiB (6 MiB)", "eager_pages"]
     said = texts(figure)
     assert said.count("crash") == 6 and said.count("–") == 1 and said.count("8.00") == 1
     assert legend(figure) == ["static", "paged", "eager_pages"]
+
+
+def test_churn_says_how_long_it_stands_for_where_its_rows_do():
+    rows = churn_rows()
+    for hours, row in zip((2.5, 3.0, None), rows, strict=False):
+        row |= {"simulated_hours": hours, "step_ms": 25.0 if hours else None}
+    changes = pd.DataFrame(columns=["trial_id"])
+    for figure in (figure_fragmentation(frame(rows)), figure_churn(frame(rows), changes)):
+        said = " ".join(" ".join(texts(figure)).split())
+        assert "stand for 2.5 to 3.0 h of decoding" in said and "to last 25 ms" in said
+        assert "in brackets: what it really was" in said
+    earlier = " ".join(texts(figure_fragmentation(frame(churn_rows()[:2]))))
+    assert "of decoding" not in earlier and "in brackets" not in earlier
+
+
+def test_a_trials_table_gives_a_chunk_its_real_size():
+    names = {line[0] for line in sweep(frame(churn_rows())).rows}
+    assert names == {"static", "paged", "paged, chunk_2MiB (6 MiB)", "eager_pages"}
 
 
 def grain_rows():

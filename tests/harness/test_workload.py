@@ -124,6 +124,7 @@ def test_churn_tells_how_long_a_sequence_still_fits():
     assert 0 < row["largest_admissible_tokens"] <= 32 << 10
     assert 0 < row["admissible_of_free_min"] <= row["admissible_of_free"] <= 1
     assert samples[-1]["open"] == 0 and events[-1]["resident_tokens"] == 0
+    assert row["step_ms"] == 25 and 0 < row["simulated_hours"] < 100
     committed = [e["kv_committed_bytes"] for e in events if "kv_committed_bytes" in e]
     rises = sum(b > a for a, b in pairwise(committed))
     falls = sum(b < a for a, b in pairwise(committed))
@@ -147,6 +148,18 @@ def test_a_batch_is_filled_to_its_own_lengths_and_timed():
     assert filled_tokens(halved) == sum(n // 2 for n in lengths)
 
 
+def test_decode_alone_is_timed_where_no_histories_are_asked_for():
+    words = ["strategy=paged", "context=4096", "trial.prefill_histories=0"]
+    row, events, samples = run(*words)
+    assert row["status"] == "ok" and row["gate_error"] < 0.05
+    assert row["attention_decode_step_ms"] > 0 and row["prefill_kernel_variant"]
+    assert row["attention_prefill_chunk_ms"] is row["prefill_samples"] is None
+    assert "prefill" not in {s["what"] for s in samples} | {e["phase"] for e in events}
+    for wrong in ("1", "-1", "51"):
+        with pytest.raises(BadValue, match="0, or from 2 to 50"):
+            compose_settings([*SMALL, f"trial.prefill_histories={wrong}"])
+
+
 def test_arrivals():
     requests = [Request(0.0, 1, 1), Request(1.0, 1, 1), Request(1.01, 1, 1)]
     assert arrival_steps(requests, "max", 25, 0) == [0, 0, 0]
@@ -164,6 +177,7 @@ def test_a_slow_trace_is_not_limited_by_admission():
     )
     assert row["status"] == "ok" and row["admission_limited_share"] == 0
     assert row["sequences_admitted"] > 0 and row["live_share"] > 0
+    assert row["simulated_hours"] * 3600 == pytest.approx(row["workload_steps"] * 0.025)
     assert row["workload_steps"] * 0.025 >= read_trace(limit=200).requests[-1].arrival_seconds
 
 
