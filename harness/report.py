@@ -29,6 +29,7 @@ from harness.runs import (
     write_file,
 )
 from harness.series import is_scale_model
+from harness.sharing import sharing_table
 from harness.sources import as_written
 from harness.tables_ranks import ranks_table
 from harness.tabular import EMPTY, Table, markdown_text
@@ -108,6 +109,7 @@ def report_parts(
 def _answers(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     return [
         remedies_table(rows, summary),
+        sharing_table(rows),
         tables.oom_points(summary, rows),
         ranks_table(summary, rows),
         scaling_table(as_written(rows)),

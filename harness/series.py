@@ -12,7 +12,7 @@ import pandas as pd
 from harness.columns import COLUMNS
 from harness.rows import NOT_OF_ENGINES
 from harness.runs import clean, frame, trials
-from harness.sizes import MIB, parse_bytes
+from harness.sizes import MIB
 from harness.tabular import tokens
 
 # What may tell two curves of one strategy apart, in the order in which it is named.
@@ -59,7 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
-CHUNK_ASKED = re.compile(r"chunk[ _](\d+ ?[KMG]iB)")
+CHUNK_ASKED = re.compile(r"chunk[ _](\d{1,6}) ?MiB")
 ACRONYMS = ("kv", "fp8", "bf16")
 ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
@@ -161,7 +161,7 @@ def with_real_chunk(name: str, rows: pd.DataFrame) -> str:
     """
     asked = CHUNK_ASKED.search(name)
     sizes = (rows["chunk_bytes"] * scale(rows)).dropna().unique()
-    if asked is None or len(sizes) != 1 or sizes[0] == parse_bytes(asked[1], "chunk"):
+    if asked is None or len(sizes) != 1 or sizes[0] == int(asked[1]) * MIB:
         return name
     return f"{name[: asked.end()]} ({sizes[0] / MIB:.4g} MiB){name[asked.end() :]}"
 

@@ -13,8 +13,10 @@ from harness.plots_engines import figure_root_cause, items_of
 from harness.plots_fractions import figure_mem_fraction
 from harness.plots_granularity import figure_granularity
 from harness.plots_precision import figure_precision
-from harness.plots_sharing import SHARES, figure_waste
+from harness.plots_sharing import figure_waste
 from harness.runs import frame
+from harness.shares import NAMES
+from harness.sharing import sharing_table
 from harness.tables import sweep
 from tests.harness.run_fixture import GIB, SUMMARY, cell, events, legend, texts
 
@@ -104,19 +106,50 @@ def test_fractions_are_a_curve_for_each_meaning_and_crosses_did_not_start():
     assert "device: 139.3 GiB free" in legend(figure)
 
 
-def test_waste_stands_beside_the_papers_figure():
+def waste_rows():
+    """Slots of the longest request in 16 GiB, pages in 8; an engine whose shares nobody knows."""
     rows = [
-        cell(name, 1000, 1.0) | dict(zip(SHARES, shares, strict=True)) | {"sequences_admitted": n}
-        for name, shares, n in (
-            ("static", (0.2, 0.1, 0.6, 0.1), 7),
-            ("paged", (0.96, 0, 0.04, 0), 33),
-            ("vllm", (None,) * 4, None),
+        cell(name, 1000, 1.0)
+        | {f"{part}_share": share for part, share in zip(NAMES, shares, strict=True)}
+        | {"sequences_admitted": n, "kv_committed_bytes": kv, "slot_policy": policy}
+        for name, policy, shares, n, kv in (
+            ("static", "max", (0.2, 0.1, 0.6, 0.1), 8, 16 * GIB),
+            ("paged", "", (0.96, 0, 0.04, 0), 33, 8 * GIB),
+            ("vllm", "", (None,) * 4, None, None),
         )
     ]
-    figure = figure_waste(frame(rows))
-    widths = [p.get_width() for p in figure.axes[0].patches]
+    return [r | {"experiment": "waste"} for r in rows]
+
+
+def test_waste_stands_beside_the_papers_figures():
+    figure = figure_waste(frame(waste_rows()))
+    shares, _, held, batched = figure.axes
+    widths = [p.get_width() for p in shares.patches]
     assert widths == pytest.approx([20, 10, 60, 10, 96, 0, 4, 0])
-    assert {"57.3", "96.3", "33", "no figure", "Orca (Pow2)"} <= set(texts(figure))
+    assert [p.get_width() for p in held.patches] == pytest.approx([1, 8.25, 0])
+    assert {"57.3", "96.3", "8.25×: 33.0 in 8.00 GiB", "no figure"} <= set(texts(figure))
+    drawn = sorted(p.get_width() for p in batched.patches)
+    paper = (7, 9.81, 13.62, 30.42, 7, 43.24, 72.75, 132.44)
+    assert drawn == pytest.approx(sorted(n / 7 for n in paper))
+
+
+def test_without_slots_of_the_longest_request_sequences_are_a_gib_s():
+    (_, paged, _) = waste_rows()
+    figure = figure_waste(frame([paged]))
+    assert [p.get_width() for p in figure.axes[2].patches] == pytest.approx([33 / 8])
+    assert "4.12: 33.0 in 8.00 GiB" in texts(figure)
+    assert figure.axes[2].get_xlabel() == "sequences a GiB of KV"
+
+
+def test_the_waste_table_compares_sequences_in_equal_memory():
+    rows = frame(waste_rows())
+    table = sharing_table(rows)
+    lines = {line[0]: line[1:] for line in table.rows}
+    assert lines["static"][4:] == ("8.00", "16.0", "0.500", "1.00")
+    assert lines["paged"][4:] == ("33.0", "8.00", "4.12", "8.25")
+    assert lines["vllm"] == ("–",) * 8
+    assert lines["vLLM, paper"][-1] == "4.35 / 18.9"
+    assert not sharing_table(rows.assign(experiment="sweep")).rows
 
 
 def churn_rows():
