@@ -59,9 +59,9 @@ EXTRA = (
     "kv_end_committed_bytes pinned_host_bytes decode_while_growing_ms "
     # What a trace or churn stands for, were a decode step of every open sequence to take step_ms.
     "step_ms simulated_hours "
-    # Beside gate_error, of which what the K/V dtype rounded away is no part: decode's error against
-    # the K/V as they were before.
-    "unrounded_gate_error "
+    # Decode's own part of gate_error, in which rounding K and V has none; and its error against the
+    # K/V as they were before that.
+    "decode_gate_error unrounded_decode_error "
     # The GPU that the trial ran on, as NVML writes its UUID; empty on the scale model.
     "gpu_uuid"
 ).split()
@@ -76,7 +76,8 @@ ADDED_LATER = (
     "collective_samples",
     "step_ms",
     "simulated_hours",
-    "unrounded_gate_error",
+    "decode_gate_error",
+    "unrounded_decode_error",
 )
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)

@@ -57,6 +57,8 @@ def measure(
     row: dict[str, Any] = {
         "gate_error": gate.relative_rms,
         "gate_lse_error": gate.lse_error,
+        "decode_gate_error": gate.decode_rms,
+        "unrounded_decode_error": gate.unrounded_rms,
         "kernel_variant": gate.decode_variant,
         "prefill_kernel_variant": gate.prefill_variant,
     }

@@ -14,6 +14,7 @@ from harness.plots_fractions import figure_mem_fraction
 from harness.plots_granularity import figure_granularity
 from harness.plots_precision import figure_precision
 from harness.plots_sharing import figure_waste
+from harness.precision import precision_table
 from harness.runs import frame
 from harness.shares import NAMES
 from harness.sharing import sharing_table
@@ -313,6 +314,35 @@ def test_precision_draws_rate_and_error_at_the_longest_length_that_was_timed():
     assert widths[0] == [48, 24] and widths[2] == [87, 170] and widths[3] == [1, 1]
     assert "at 1M resident" in figure.axes[2].get_xlabel()
     assert all(0 < n < 10 for n in widths[1]) and "→" not in "".join(texts(figure))
+
+
+def rounded_rows():
+    """The same, of a version that measures what rounding K and V costs."""
+    cost = {"fp8_e4m3": 0.035, "bf16": 0.0002}
+    return [
+        r | {"decode_gate_error": 0.0002, "unrounded_decode_error": cost[r["kv_dtype"]]}
+        for r in precision_rows()
+    ]
+
+
+def test_precision_draws_what_rounding_costs_beside_the_kernels_error():
+    figure = figure_precision(frame(rounded_rows()))
+    panels = [axes for axes in figure.axes if axes.axison]
+    widths = [[p.get_width() for p in axes.patches] for axes in panels]
+    assert len(panels) == 5 and widths[2] == [87, 170]
+    assert widths[3] == pytest.approx([0.2, 0.2]) and widths[4] == pytest.approx([0.2, 35])
+    assert "with rounding" in panels[4].get_xlabel()
+    assert panels[3].get_xlim() == panels[4].get_xlim() != panels[2].get_xlim()
+
+
+def test_the_precision_table_holds_both_errors_at_every_length():
+    lines = precision_table(frame(rounded_rows())).rows
+    errors = {(line[1], line[3]): line[5:] for line in lines}
+    assert errors["fp8_e4m3", "1M"] == ("0.00100", "0.000200", "0.0350")
+    assert errors["bf16", "1M"] == ("0.00100", "0.000200", "0.000200")
+    earlier = {line[5:] for line in precision_table(frame(precision_rows())).rows}
+    assert earlier == {("0.00100", "–", "–")}
+    assert not precision_table(frame([cell("paged", 1_000_000, 1.0)])).rows
 
 
 def test_precision_names_what_was_not_timed_or_failed():
