@@ -38,7 +38,7 @@ SLOTS_TEXT = (
     "Slots of static: of the whole context (max), of the next power of two of pages asked for "
     "(pow2), or of the pages asked for (exact)."
 )
-CHUNK_TEXT = "Chunk, in brackets: what it really was, rounded up to whole pages of all layers."
+CHUNK_TEXT = "Chunks: as they were, the size asked for rounded up to whole pages of all layers."
 NAME_LETTERS = 20
 PANELS = 2
 
@@ -93,7 +93,7 @@ def figure_fragmentation(rows: pd.DataFrame) -> Figure:
 
 
 def real_chunks(arms: list[Series]) -> bool:
-    """Whether a label gives a chunk's real size beside the one asked for."""
+    """Whether an arm is named by a size of chunk that is not the real one."""
     return any(one.sized_label != one.label for one in arms)
 
 

@@ -59,7 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
-CHUNK_ASKED = re.compile(r"chunk[ _](\d{1,6}) ?MiB")
+CHUNK_ASKED = re.compile(r"chunk_((\d{1,6})MiB)")
 ACRONYMS = ("kv", "fp8", "bf16")
 ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
@@ -95,14 +95,21 @@ class Series:
 
     @property
     def own_name(self) -> str:
-        """The arm's own name in words and what else tells the curve apart; else the label."""
+        """The arm's own name in words and what else tells the curve apart; else the label.
+
+        An arm that is named by the size of chunk that was asked for is named by the real one.
+        """
         rest = self.label.removeprefix(f"{self.strategy}, {self.arm}")
-        return with_real_chunk(spoken(self.arm), self.rows) + rest if self.arm else self.label
+        if not self.arm:
+            return self.label
+        asked, real = _chunk(self.arm, self.rows)
+        return spoken(self.arm.replace(asked, f"{real}MiB", 1) if asked else self.arm) + rest
 
     @property
     def sized_label(self) -> str:
         """The label, with a chunk's real size behind the one that the arm is named by."""
-        return with_real_chunk(self.label, self.rows) if self.arm else self.label
+        asked, real = _chunk(self.arm, self.rows)
+        return self.label.replace(asked, f"{asked} ({real} MiB)", 1) if asked else self.label
 
     @property
     def spoken_label(self) -> str:
@@ -154,16 +161,17 @@ def spoken(arm: str) -> str:
     return re.sub(r"(\d)([KMG]iB)\b", r"\1 \2", words)
 
 
-def with_real_chunk(name: str, rows: pd.DataFrame) -> str:
-    """Return an arm's name with the size of its chunks behind the one asked for, if it differs.
+def _chunk(arm: str, rows: pd.DataFrame) -> tuple[str, str]:
+    """Return the size of chunk that an arm's name gives, and the real one in MiB, if it differs.
 
-    A chunk holds whole pages of every layer, so that ``chunk_2MiB`` may be one of 6 MiB.
+    A chunk holds whole pages of every layer, so that one of ``chunk_2MiB`` may have 6 MiB. Twice
+    ``""`` where they are alike, or nothing is known.
     """
-    asked = CHUNK_ASKED.search(name)
+    asked = CHUNK_ASKED.search(arm)
     sizes = (rows["chunk_bytes"] * scale(rows)).dropna().unique()
-    if asked is None or len(sizes) != 1 or sizes[0] == int(asked[1]) * MIB:
-        return name
-    return f"{name[: asked.end()]} ({sizes[0] / MIB:.4g} MiB){name[asked.end() :]}"
+    if asked is None or len(sizes) != 1 or sizes[0] == int(asked[2]) * MIB:
+        return "", ""
+    return asked[1], f"{sizes[0] / MIB:.4g}"
 
 
 def _arms(rows: pd.DataFrame, leave: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:
