@@ -5,6 +5,9 @@ What is lost to fragmentation, and does memory come back?
 Occupancy follows a triangular wave between ``LOW`` and 1 of what the strategy can hold, so that
 memory is filled, and then drained by closing sequences at random, several times. The last operation
 closes everything.
+
+A clock of decode steps tells how long that would have been: what a sequence is opened with is its
+prompt, what it grows by it has generated, and in a step every open sequence generates a token.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 
 from harness.admission import longest_admissible
 from harness.growth import Growth
-from harness.shares import Means, Parts, snapshot
+from harness.shares import Means, Parts, Uses
 from strategies.errors import OutOfMemory, Refused
 from strategies.strategy import Strategy
 
@@ -76,7 +79,8 @@ class Churn:
         self.means, self.growth, self.admissible = Means(), Growth(), Admissible()
         self.opened = self.refused = self.refused_while_free = self.cut_short = 0
         self.operation = self.peak_open = 0
-        self.totals: dict[int, int] = {}  # open sequences and the tokens that they end with
+        self.decode_steps = 0.0
+        self._uses = Uses(strategy, token_bytes)
         self._open_operations = 0
         self._chance = random.Random(f"churn/{seed}")
         self._observe, self._every = observe, max(1, len(lengths) // observations)
@@ -97,9 +101,14 @@ class Churn:
         self._observe(self)
 
     @property
+    def totals(self) -> dict[int, int]:
+        """Open sequences and the tokens that they end with."""
+        return self._uses.totals
+
+    @property
     def resident_tokens(self) -> int:
         """Tokens of all open sequences."""
-        return sum(self.strategy.resident_tokens(s) for s in self.totals)
+        return self._uses.resident_tokens
 
     @property
     def mean_open(self) -> float:
@@ -109,7 +118,7 @@ class Churn:
     @property
     def parts(self) -> Parts:
         """K/V bytes by their use, now."""
-        return snapshot(self.strategy, self.token_bytes, self.totals)
+        return self._uses.parts
 
     def free_tokens(self) -> int:
         """Tokens that would fit if every byte that no sequence was given could be used."""
@@ -125,7 +134,7 @@ class Churn:
 
     def _held_bytes(self) -> int:
         """Bytes that sequences were given, used or not."""
-        return sum(self.strategy.room_tokens(s) for s in self.totals) * self.token_bytes
+        return self._uses.room_tokens * self.token_bytes
 
     def _open(self, tokens: int) -> None:
         tokens = min(tokens, self.context_tokens)
@@ -136,7 +145,7 @@ class Churn:
             return
         sequence = self.operation
         self.strategy.open(sequence, tokens)
-        self.totals[sequence] = tokens
+        self._uses.read(sequence, tokens)
         self.opened += 1
         self.peak_open = max(self.peak_open, len(self.totals))
         self._extend(sequence, max(1, math.floor(tokens * FIRST_SHARE)))
@@ -149,12 +158,15 @@ class Churn:
         total = self.totals[sequence]
         lacking = total - self.strategy.resident_tokens(sequence)
         if lacking:
-            self._extend(sequence, min(lacking, -(-total // (2 * GROWTH_STEPS))))
+            tokens = min(lacking, -(-total // (2 * GROWTH_STEPS)))
+            self.decode_steps += tokens / len(self.totals)
+            self._extend(sequence, tokens)
 
     def _extend(self, sequence: int, tokens: int) -> None:
         """Grow; a sequence that finds no memory ends there."""
         try:
             self.growth.extend(self.strategy, sequence, tokens)
+            self._uses.read(sequence, self.totals[sequence])
         except (OutOfMemory, Refused):
             self.cut_short += 1
             self._close(sequence)
@@ -165,7 +177,7 @@ class Churn:
 
     def _close(self, sequence: int) -> None:
         self.strategy.close(sequence)
-        del self.totals[sequence]
+        self._uses.closed(sequence)
 
     def _count(self) -> None:
         self.means.add(self.parts, 1)

@@ -57,6 +57,11 @@ EXTRA = (
     "prefix_hashes_repeated workload_steps admission_limited_share peak_sequences "
     "refused_while_free largest_admissible_tokens admissible_of_free admissible_of_free_min "
     "kv_end_committed_bytes pinned_host_bytes decode_while_growing_ms "
+    # What a trace or churn stands for, were a decode step of every open sequence to take step_ms.
+    "step_ms simulated_hours "
+    # Decode's own part of gate_error, in which rounding K and V has none; and its error against the
+    # K/V as they were before that.
+    "decode_gate_error unrounded_decode_error "
     # The GPU that the trial ran on, as NVML writes its UUID; empty on the scale model.
     "gpu_uuid"
 ).split()
@@ -69,6 +74,10 @@ ADDED_LATER = (
     "parallel_decode_samples",
     "collective_ms_iqr",
     "collective_samples",
+    "step_ms",
+    "simulated_hours",
+    "decode_gate_error",
+    "unrounded_decode_error",
 )
 
 COLUMNS: tuple[str, ...] = tuple(IDENTITY + CONFIGURATION + END + MEMORY + TIME + EXTRA)

@@ -11,7 +11,7 @@ import functools
 import re
 
 from harness.cell import Cell
-from harness.lengths import filled_tokens
+from harness.lengths import targets
 from harness.off_by import OFF_BY, off_by
 from harness.offload import device_weights
 from harness.options import engine_model
@@ -61,16 +61,20 @@ def plan_spec(
     )
 
 
+def cell_spec(cell: Cell) -> PlanSpec:
+    """What the planner is asked of a cell that fills its sequences."""
+    settings = cell.settings
+    spec = plan_spec(settings, cell.context_tokens, cell.fill, cell.context_index)
+    if settings.workload["kind"] == "batch" and cell.purpose == "point":
+        return dataclasses.replace(spec, lengths=tuple(targets(cell)))
+    return spec
+
+
 def predict_cell(cell: Cell) -> Prediction:
     """How a cell's trial would go; ``bracket`` cells are not filled, nor are traces foreseen."""
-    settings, fill = cell.settings, cell.fill
-    if cell.purpose == "bracket" or settings.accounts_only:
-        fill = 0.0
-    elif (
-        settings.workload["kind"] == "batch" and cell.purpose == "point"
-    ):  # as if all were of their mean length
-        fill = filled_tokens(cell) / (cell.context_tokens * settings.sequences)
-    spec = plan_spec(settings, cell.context_tokens, fill, cell.context_index)
+    spec = cell_spec(cell)
+    if cell.purpose == "bracket" or cell.settings.accounts_only:
+        spec = spec.filled(0.0)
     if cell.purpose == "resident":
         spec = dataclasses.replace(spec, filled_sequences=1)
     if cell.purpose != "bracket":

@@ -57,6 +57,8 @@ def measure(
     row: dict[str, Any] = {
         "gate_error": gate.relative_rms,
         "gate_lse_error": gate.lse_error,
+        "decode_gate_error": gate.decode_rms,
+        "unrounded_decode_error": gate.unrounded_rms,
         "kernel_variant": gate.decode_variant,
         "prefill_kernel_variant": gate.prefill_variant,
     }
@@ -95,21 +97,30 @@ def measure(
         note("collectives", _raw(collectives))
         row |= step_columns(step, collectives, sizes_of(settings))
     ledger.note("decode", "timed")
+    if settings.trial.prefill_histories:
+        row |= _prefill(cell, strategy, watch, sequences[-1], tokens, note)
+        ledger.note("prefill", "timed")
+    if last and group is None and settings.strategy == "paged":
+        row |= _growing_columns(settings, strategy, watch, sequences, note)
+    return row
+
+
+def _prefill(
+    cell: Cell, strategy: Strategy, watch: Stopwatch, sequence: int, tokens: int, note: Note
+) -> dict[str, Any]:
+    """Columns of the chunk that ends a sequence, and of a whole prompt where the cell asks."""
     # Behind a window the pages are gone, and with them what earlier queries would see.
-    first = max(view.starts[0] for view in strategy.batch([sequences[-1]]))
-    chunk = min(settings.trial.prefill_chunk_tokens, tokens - first)
+    first = max(view.starts[0] for view in strategy.batch([sequence]))
+    chunk = min(cell.settings.trial.prefill_chunk_tokens, tokens - first)
     # The gate ran the same chunk: nothing is left to warm up.
-    prefill = watch.prefill(sequences[-1], tokens - chunk, chunk, warm=True)
+    prefill = watch.prefill(sequence, tokens - chunk, chunk, warm=True)
     note("prefill", _raw(prefill) | {"history_tokens": tokens - chunk, "chunk_tokens": chunk})
-    row |= _prefill_columns(strategy, sequences[-1], tokens, chunk, prefill)
+    row = _prefill_columns(strategy, sequence, tokens, chunk, prefill)
     if cell.histories and first == 0 and tokens > 4 * chunk:
-        model = watch.prefill_model(sequences[-1], tokens, chunk, prefill.median_ms)
+        model = watch.prefill_model(sequence, tokens, chunk, prefill.median_ms)
         note("prefill_model", {"histories": model.histories, "chunk_ms": model.chunk_ms})
         row["prefill_modelled_seconds"] = model.total_seconds
         row["prefill_model_residual"] = model.relative_residual
-    ledger.note("prefill", "timed")
-    if last and group is None and settings.strategy == "paged":
-        row |= _growing_columns(settings, strategy, watch, sequences, note)
     return row
 
 

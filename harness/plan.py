@@ -17,7 +17,7 @@ from harness.arms import settings_of_command
 from harness.cell import Cell
 from harness.closed_pipe import ends_quietly
 from harness.compose import as_typed
-from harness.forecast import check, plan_spec
+from harness.forecast import cell_spec, check
 from harness.planner import largest_context_that_starts, oom_points, predict
 from harness.planner_changes import Change, longest_accepted, smallest_change
 from harness.planner_engines import ENGINES
@@ -139,7 +139,7 @@ class Answer:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         fill = settings.fills[-1] if settings.fills else 1.0
-        own = plan_spec(settings, fill=fill)  # of one rank's share
+        own = cell_spec(Cell(settings, settings.context_tokens, fill))  # of one rank's share
         made = predict(own)
         self.spec: PlanSpec = whole_spec(settings, own)
         self.made: Prediction = whole_prediction(settings, made)

@@ -169,7 +169,7 @@ def _point(spec: PlanSpec, test: Test) -> OomPoint:
 
 def _resident(spec: PlanSpec, startup: OomPoint) -> OomPoint:
     """How far one sequence grows in a started process; start-up's own end when it grows to that."""
-    made = predict(replace(spec, fill=1.0, filled_sequences=1))
+    made = predict(replace(spec.filled(1.0), filled_sequences=1))
     held = made.resident_tokens
     if made.outcome == "ok":
         return replace(startup, ok=held)

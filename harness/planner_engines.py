@@ -120,20 +120,22 @@ def _refuse(walk: Walk, plan: EnginePlan, scale: int) -> None:
 
 def _fill(spec: PlanSpec, walk: Walk, plan: EnginePlan, model: EngineModel) -> None:
     """Fill by index accounting: the pool is there already."""
-    target, sequences = spec.target_tokens, spec.growing
+    sequences = spec.growing
     token = max(1, model.token_bytes // spec.scale)
     if sequences > plan.request_limit:
         item = PlanItem("fill", "requests", 0)
         walk.refuse(item, sequences, plan.request_limit, f"{plan.request_limit} requests at most")
-    each = plan.slots_for(target)
-    if target <= plan.max_request_tokens and each * sequences <= plan.slots:
-        walk.resident_tokens = target * sequences
-        return
-    one = min(target, plan.max_request_tokens)
-    full = min(sequences, plan.slots // max(1, plan.slots_for(one))) if one == target else 0
-    left = plan.slots - full * each
-    last = most_tokens(left, plan.slots_for, one)
-    walk.resident_tokens = full * target + last
-    item = PlanItem("fill", SLOT_NAMES[plan.engine], 0)
-    text = f"{plan.engine}: no free K/V slot after {walk.resident_tokens} tokens"
-    walk.refuse(item, target * sequences * token, plan.pool_tokens * token, text)
+    left = plan.slots
+    for target, count in spec.targets:
+        one = min(target, plan.max_request_tokens)
+        each = plan.slots_for(one)
+        full = min(count, left // max(1, each)) if one == target else 0
+        left -= full * each
+        walk.resident_tokens += full * target
+        if full == count:
+            continue
+        walk.resident_tokens += most_tokens(left, plan.slots_for, one)
+        item = PlanItem("fill", SLOT_NAMES[plan.engine], 0)
+        text = f"{plan.engine}: no free K/V slot after {walk.resident_tokens} tokens"
+        asked = sum(n * alike for n, alike in spec.targets) * token
+        walk.refuse(item, asked, plan.pool_tokens * token, text)

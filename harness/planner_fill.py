@@ -26,7 +26,7 @@ class Pool:
     """What a started strategy can hold."""
 
     def __init__(self, model: KVModel) -> None:
-        self.model = model
+        self.model, self.groups = model, model.groups
         self.chunks: tuple[int, ...] = ()
         self.slot_tokens = 0  # static: of one slot
         self.slots = 0
@@ -76,43 +76,44 @@ class Pool:
 
 
 def fill(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
-    """Fill one sequence after another to the target."""
+    """Fill one sequence after another to its target."""
     if pool.slot_tokens:
         _fill_slots(spec, walk, pool)
         return
-    target = spec.target_tokens
-    filled = _Filling(pool, walk.free_bytes, target).all(spec.growing)
-    refused = filled.last.tokens < target
-    walk.resident_tokens = target * filled.whole + (filled.last.tokens if refused else 0)
+    filled = _Filling(pool, walk.free_bytes).all(spec.targets)
+    walk.resident_tokens = filled.tokens
     before = walk.free_bytes
-    _grow(spec, walk, pool, filled, refused)
-    if not refused:
+    _grow(spec, walk, pool, filled)
+    if not filled.refused:
         return
-    short = pool.bytes_of(target, spec.growing) - (walk.kv_bytes if pool.lazy else 0)
+    wanted = [sum(n * pool.pages(g, tokens) for tokens, n in spec.targets) for g in pool.groups]
+    short = pool.nbytes(pool.chunks_of(wanted)) - (walk.kv_bytes if pool.lazy else 0)
     item = PlanItem("fill", "kv_pages", max(0, short))
     walk.fail(item, item.nbytes, walk.free_bytes if pool.lazy else min(before, walk.free_bytes))
 
 
 def _fill_slots(spec: PlanSpec, walk: Walk, pool: Pool) -> None:
-    target, token = spec.target_tokens, pool.model.token_bytes
+    token = pool.model.token_bytes
     if spec.growing > pool.slots:
         item = PlanItem("fill", "kv_slot", pool.slot_tokens * token)
         walk.refuse(item, item.nbytes, 0, f"{pool.slots} slots: no slot is free for the next")
-    if target > pool.slot_tokens:
-        walk.resident_tokens = pool.slot_tokens
-        item = PlanItem("fill", "kv_pages", (target - pool.slot_tokens) * token)
-        text = f"{target} tokens: a slot holds {pool.slot_tokens} tokens"
-        walk.refuse(item, target * token, pool.slot_tokens * token, text)
-    walk.resident_tokens = target * spec.growing
+    for target, count in spec.targets:
+        if target > pool.slot_tokens:
+            walk.resident_tokens += pool.slot_tokens
+            item = PlanItem("fill", "kv_pages", (target - pool.slot_tokens) * token)
+            text = f"{target} tokens: a slot holds {pool.slot_tokens} tokens"
+            walk.refuse(item, target * token, pool.slot_tokens * token, text)
+        walk.resident_tokens += target * count
 
 
 @dataclass(frozen=True)
 class _Filled:
-    """Sequences: how many are whole, the pages of those before the last, and the last one."""
+    """Sequences: all their tokens, the pages of those before the last, the last one, its end."""
 
-    whole: int
+    tokens: int
     before: list[int]
     last: _Grown
+    refused: bool = False
 
 
 class _Filling:
@@ -122,50 +123,52 @@ class _Filling:
     length of windows.
     """
 
-    def __init__(self, pool: Pool, free_bytes: int, target: int) -> None:
-        self.pool, self.free_bytes, self.target = pool, free_bytes, target
-        self.groups = pool.model.groups
+    def __init__(self, pool: Pool, free_bytes: int) -> None:
+        self.pool, self.free_bytes = pool, free_bytes
+        self.groups = pool.groups
         self.grain = min(g.geometry.page_tokens for g in self.groups)
         self.window = max(g.window_tokens for g in self.groups)
 
-    def all(self, sequences: int) -> _Filled:
-        """Fill one after another, until one is refused.
+    def all(self, targets: list[tuple[int, int]]) -> _Filled:
+        """Fill one after another, until one is refused; ``targets`` are those of a spec.
 
         The more the others hold, the smaller are the steps of the next; those that end in equal
         steps hold equally much.
         """
-        whole, before = 0, [0] * len(self.groups)
-        while True:
-            last = self._one(before)
-            if last.tokens < self.target:
-                return _Filled(whole, before, last)
-            alike = self._alike(before, last, sequences - whole - 1)
-            each = self.pool.pages_of(last)
-            whole += 1 + alike
-            if whole == sequences:
-                return _Filled(whole, _with(before, each, alike), last)
-            before = _with(before, each, 1 + alike)
+        tokens, before, own, last = 0, [0] * len(self.groups), [0] * len(self.groups), _Grown()
+        for target, left in targets:
+            while left:
+                before = _with(before, own)
+                last = self._one(before, target)
+                if last.tokens < target:
+                    return _Filled(tokens + last.tokens, before, last, refused=True)
+                own = self.pool.pages_of(last)
+                alike = self._alike(before, last, left - 1)
+                tokens += (1 + alike) * target
+                before = _with(before, own, alike)
+                left -= 1 + alike
+        return _Filled(tokens, before, last)
 
     def _alike(self, before: list[int], grown: _Grown, sequences: int) -> int:
         """How many of the sequences that are left end in the steps of this one."""
-        each = self.pool.pages_of(grown)
-        return most(sequences, lambda n: self._one(_with(before, each, n)) == grown)
+        each, target = self.pool.pages_of(grown), grown.tokens
+        return most(sequences, lambda n: self._one(_with(before, each, n), target) == grown)
 
-    def _one(self, before: list[int]) -> _Grown:
+    def _one(self, before: list[int], target: int) -> _Grown:
         """Grow one sequence beside others that hold so many pages of each group."""
         steps, grown = Steps(self.grain), _Grown()
         while True:
-            grown = self._equal_steps(before, grown, steps.tokens)
-            if grown.tokens == self.target or not steps.halve():
+            grown = self._equal_steps(before, grown, steps.tokens, target)
+            if grown.tokens == target or not steps.halve():
                 return grown
 
-    def _equal_steps(self, before: list[int], grown: _Grown, step: int) -> _Grown:
+    def _equal_steps(self, before: list[int], grown: _Grown, step: int, target: int) -> _Grown:
         """Grow it further, until the first of equal steps is refused."""
         at = grown.tokens
-        count = -(-(self.target - at) // step)
+        count = -(-(target - at) // step)
 
         def after(n: int) -> _Grown:
-            end = min(self.target, at + n * step)
+            end = min(target, at + n * step)
             return _Grown(end, at + (n - 1) * step, step) if n else grown
 
         def fits(n: int) -> bool:
@@ -216,7 +219,7 @@ def _with(pages: list[int], each: list[int], sequences: int = 1) -> list[int]:
     return [n + sequences * more for n, more in zip(pages, each, strict=True)]
 
 
-def _grow(spec: PlanSpec, walk: Walk, pool: Pool, filled: _Filled, refused: bool) -> None:
+def _grow(spec: PlanSpec, walk: Walk, pool: Pool, filled: _Filled) -> None:
     """Commit what the sequences have grown to, and what the strategy keeps beside it.
 
     Most is held at the end, or right before the last window's pages are given back. A refusal,
@@ -228,7 +231,7 @@ def _grow(spec: PlanSpec, walk: Walk, pool: Pool, filled: _Filled, refused: bool
         return
     growth = _Growth(spec, pool, filled)
     ends, turn = growth.ends, growth.turn
-    if not refused:
+    if not filled.refused:
         free = walk.free_bytes - max(pool.nbytes(ends), pool.nbytes(turn))
         turn = growth.with_ahead(turn, free)
         ends = growth.with_kept(ends, turn, free)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 from harness.torch_segments import taken_bytes
@@ -32,6 +33,8 @@ class PlanSpec:
         Configured maximum of one sequence on this rank, and sequences of it.
     filled_sequences : int, optional
         Sequences that are filled, one after another; all unless given.
+    lengths : tuple of int, optional
+        Tokens that each sequence of a batch is filled to, in order, instead of the two above.
     fill : float
         Share of the context that each of them is filled to.
     capacity_bytes : int
@@ -57,6 +60,7 @@ class PlanSpec:
     fill: float = 1.0
     sequences: int = 1
     filled_sequences: int | None = None
+    lengths: tuple[int, ...] | None = None
     capacity_bytes: int = 0
     context_bytes: int = 0
     nccl_bytes: int = 0
@@ -85,21 +89,29 @@ class PlanSpec:
 
     @property
     def target_tokens(self) -> int:
-        """Tokens that each sequence is filled to."""
+        """Tokens that each sequence is filled to, unless ``lengths`` says otherwise."""
         return int(self.context_tokens * self.fill + 1e-9)
 
     @property
     def growing(self) -> int:
         """How many sequences are filled."""
-        return self.sequences if self.filled_sequences is None else self.filled_sequences
+        return sum(count for _, count in self.targets)
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """Tokens that sequences are filled to, in order: (tokens, how many alike follow)."""
+        if self.lengths is not None:
+            return [(n, len(list(alike))) for n, alike in groupby(self.lengths)]
+        alone = self.filled_sequences
+        return [(self.target_tokens, self.sequences if alone is None else alone)]
 
     def at(self, context_tokens: int) -> PlanSpec:
         """Ask the same of another context."""
         return replace(self, context_tokens=context_tokens)
 
     def filled(self, fill: float) -> PlanSpec:
-        """Ask the same of another fill."""
-        return replace(self, fill=fill)
+        """Ask the same of another fill, alike for every sequence."""
+        return replace(self, fill=fill, lengths=None)
 
     def with_options(self, **changed: Any) -> PlanSpec:  # noqa: ANN401
         """Ask the same with other keys of the strategy."""

@@ -38,6 +38,7 @@ SLOTS_TEXT = (
     "Slots of static: of the whole context (max), of the next power of two of pages asked for "
     "(pow2), or of the pages asked for (exact)."
 )
+CHUNK_TEXT = "Chunks: as they were, the size asked for rounded up to whole pages of all layers."
 NAME_LETTERS = 20
 PANELS = 2
 
@@ -82,11 +83,31 @@ def figure_fragmentation(rows: pd.DataFrame) -> Figure:
         figure,
         ADMISSIBLE_TEXT,
         SLOTS_TEXT if own.loc[own["strategy"].eq("static"), "slot_policy"].nunique() > 1 else "",
+        CHUNK_TEXT if real_chunks(arms) else "",
+        simulated_text(own),
         NEVER_GREW_TEXT if own["grow_events"].eq(0).any() else "",
         SCALE_TEXT if is_scale_model(own) else "",
         SPEED_OF_SCALE_MODEL if is_scale_model(own) else "",
     )
     return figure
+
+
+def real_chunks(arms: list[Series]) -> bool:
+    """Whether an arm is named by a size of chunk that is not the real one."""
+    return any(one.sized_label != one.label for one in arms)
+
+
+def simulated_text(rows: pd.DataFrame) -> str:
+    """Say how long the operations stand for; ``""`` for rows of an earlier version."""
+    hours, steps = rows["simulated_hours"].dropna(), rows["step_ms"].dropna().unique()
+    if hours.empty or len(steps) != 1:
+        return ""
+    low, high = (figure_of(n, 2) for n in (hours.min(), hours.max()))
+    span = low if low == high else f"{low} to {high}"
+    return (
+        f"The operations stand for {span} h of decoding, were a step, a token of every open "
+        f"sequence, to last {steps[0]:g} ms."
+    )
 
 
 def _bar(axes: Axes, y: float, one: Series, value: float) -> float:
@@ -138,7 +159,12 @@ def figure_churn(rows: pd.DataFrame, timeline: pd.DataFrame) -> Figure:
         for s in _strategies(arms)
     ]
     style.legend(figure, handles)
-    style.badge(figure, SCALE_TEXT if is_scale_model(own) else "")
+    style.badge(
+        figure,
+        simulated_text(own),
+        CHUNK_TEXT if real_chunks(arms) else "",
+        SCALE_TEXT if is_scale_model(own) else "",
+    )
     return figure
 
 

@@ -13,13 +13,18 @@ from harness.runs import frame, trials
 from harness.series import Series, is_scale_model, rank_of, scale, series
 from harness.tabular import figure_of, known, short_tokens
 
+LEAST = 0.01  # of any figure that is told exactly
 HELD_TEXT = "Resident: the longest sequence held; arrow: the sweep ended there."
 ERROR_TEXT = "Error: of the kernels, relative RMS, against float64 on the same quantised K/V."
+DECODE_TEXT = (
+    "Error: relative RMS of decode against float64, on the stored K/V and, with rounding, "
+    "on the BF16 values before the K/V dtype rounded them."
+)
 
 
 @style.styled
 def figure_precision(rows: pd.DataFrame) -> Figure:
-    """Draw K/V bytes a token, tokens held, decode rate and error of each KV dtype.
+    """Draw K/V bytes a token, tokens held, decode rate and errors of each KV dtype.
 
     Parameters
     ----------
@@ -28,18 +33,26 @@ def figure_precision(rows: pd.DataFrame) -> Figure:
     Returns
     -------
     matplotlib.figure.Figure
-        Four panels; a bar a dtype and configuration. Rate and error are medians at the longest
-        resident length at which any configuration was timed; one that was not says so.
+        A bar a dtype and configuration. Rate and errors are medians at the longest resident length
+        at which any configuration was timed; one that was not says so. Rows of earlier versions
+        know no error that rounding K and V is a part of: they have a panel less.
     """
     own = trials(rows)
     bars = series(own, ("kv_dtype",))
     ok = own[own["status"] == "ok"]
     timed = ok[ok["attention_decode_tokens_per_second"] > 0]
     length = timed["resident_tokens"].max()
-    height = 1.3 + 2 * (0.5 + 0.15 * max(len(bars), 1))
-    figure = style.new_figure(height, 2, 2, sharey=True)
-    size, held, rate, error = figure.axes
-    widths: list[list[float]] = [[] for _ in figure.axes]
+    both = timed["unrounded_decode_error"].notna().any()
+    lines = 3 if both else 2
+    height = 1.3 + lines * (0.5 + 0.15 * max(len(bars), 1))
+    errors = ("decode_gate_error", "unrounded_decode_error") if both else ("gate_error",)
+    figure = style.new_figure(height, lines, 2, sharey=True)
+    unused = figure.axes[3] if both else None  # so that both errors stand side by side
+    panels = [axes for axes in figure.axes if axes is not unused]
+    size, held, rate = panels[:3]
+    if unused is not None:
+        unused.set_axis_off()
+    widths: list[list[float]] = [[] for _ in panels]
     for y, one in enumerate(bars):
         part = one.rows
         there = part[part["resident_tokens"].eq(length) & part["status"].eq("ok")]
@@ -47,21 +60,25 @@ def figure_precision(rows: pd.DataFrame) -> Figure:
             ((part["kv_bytes_per_token"] * scale(part)).median() / 1024, ""),
             _held(part),
             (there["attention_decode_tokens_per_second"].median(), ""),
-            (1e3 * there["gate_error"].median(), ""),
+            *((1e3 * there[column].median(), "") for column in errors),
         )
-        for axes, own_widths, (value, mark) in zip(figure.axes, widths, values, strict=True):
+        for axes, own_widths, (value, mark) in zip(panels, widths, values, strict=True):
             own_widths.append(_bar(axes, y, one, value, mark))
     at = f"\nat {short_tokens(length)} resident" if known(length) else ""
     size.set_xlabel("KV a token, KiB")
     held.set_xlabel("resident, M tokens")
     rate.set_xlabel(f"decode, tok/s{at}")
-    error.set_xlabel(f"error, 10⁻³{at}")
+    named = ("error, 10⁻³", "with rounding, 10⁻³") if both else ("error, 10⁻³",)
+    for axes, name in zip(panels[3:], named, strict=True):
+        axes.set_xlabel(name + at)
+    largest = max([*widths[3], *widths[-1]], default=0)  # errors share a scale
+    widths[3:] = [[largest]] * len(errors)
     names = _names(bars)
-    for axes, own_widths in zip(figure.axes, widths, strict=True):
+    for axes, own_widths in zip(panels, widths, strict=True):
         axes.set_xlim(0, 1.45 * max(own_widths, default=0) or 1)
         axes.grid(axis="y", visible=False)
         axes.tick_params("y", length=0)
-    for axes in (size, rate):
+    for axes in (size, rate, panels[3]) if both else (size, rate):
         axes.set_yticks(range(len(bars)), [style.plain(n) for n in names], fontsize=6.5)
     size.set_ylim(len(bars) - 0.4, -0.6)
     strategies = sorted({one.strategy for one in bars}, key=rank_of)
@@ -69,7 +86,8 @@ def figure_precision(rows: pd.DataFrame) -> Figure:
         figure, [Patch(color=style.look(s)[0], label=style.plain(s)) for s in strategies], columns=3
     )
     scaled = SPEED_OF_SCALE_MODEL if is_scale_model(frame(own)) else ""
-    style.badge(figure, HELD_TEXT, ERROR_TEXT, ATTENTION_ONLY, scaled)
+    error_text = DECODE_TEXT if both else ERROR_TEXT
+    style.badge(figure, HELD_TEXT, error_text, ATTENTION_ONLY, scaled)
     return figure
 
 
@@ -90,7 +108,8 @@ def _names(bars: list[Series]) -> list[str]:
 
 
 def _bar(axes: Axes, y: float, one: Series, value: float, mark: str = "") -> float:
-    text = figure_of(value, 3) + mark if known(value) else "not timed"
+    text = (figure_of(value, 3) if value > LEAST else f"< {LEAST}") + mark
+    text = text if known(value) else "not timed"
     if not known(value) and one.rows["status"].ne("ok").all():
         text = str(one.rows["status"].iloc[0])
     return style.figured_bar(axes, y, value, text, style.look(one.strategy)[0])

@@ -89,9 +89,15 @@ def figure_remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> Figure:
         WIDE_TEXT if wide else "",
         ATTENTION_ONLY,
         WEIGHTS_TEXT if weights else "",
+        *_left_out_texts(arms),
         SPEED_OF_SCALE_MODEL if is_scale_model(rows) else "",
     )
     return figure
+
+
+def _left_out_texts(arms: list[Remedy]) -> list[str]:
+    """Say of each arm what its rate leaves out."""
+    return [f"{one.name}: without {one.left_out}." for one in arms if one.left_out]
 
 
 def _places(arms: list[Remedy]) -> tuple[list[float], list[tuple[float, str]]]:

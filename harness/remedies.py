@@ -18,6 +18,16 @@ POINTS = {"startup": "start-up", "admit": "admit", "resident": "resident"}
 # A bracket whose ends lie further apart than this was not closed.
 CLOSED_RATIO = 1.05
 ENGINES = ("sglang", "vllm")
+EMULATED = "emulated, not timed"
+EMULATED_NOTE = (
+    "An emulated engine allocates what the engine does and runs no kernels: it has no step to "
+    "time. Fewer running requests cost what they say: no more of them run at once."
+)
+EXCHANGE = "the exchange between ranks"
+EXCHANGE_NOTE = (
+    "Context parallel: a step also merges the ranks' partial results through a collective, which "
+    "the rate leaves out; what it took is told where several ranks ran."
+)
 SPOKEN = {
     "strategy": "strategy",
     "kv_dtype": "KV",
@@ -68,6 +78,8 @@ class Remedy:
         The base's rate at that length, where it was timed there.
     token_bytes : float or None
         K/V bytes of a token, of the modelled device.
+    left_out : str
+        What a step takes besides, and the rate leaves out; ``""`` for nothing.
     trials : tuple of str
         Those that were timed at that length.
     """
@@ -83,6 +95,7 @@ class Remedy:
     difference: str
     base_rate: float | None
     token_bytes: float | None
+    left_out: str
     trials: tuple[str, ...]
 
 
@@ -128,6 +141,7 @@ def remedies(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Remedy]:
                 difference,
                 None if at is None else beside.get(at),
                 _token_bytes(own),
+                _left_out(own, at) if rate else "",
                 tuple(sources.decode(name, at)) if rate else (),
             )
         )
@@ -143,7 +157,8 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
     """
     lines = []
     mine = rows[rows["experiment"] == "remedies"]
-    for one in remedies(mine, summary) if len(mine) else []:
+    arms = remedies(mine, summary) if len(mine) else []
+    for one in arms:
         price = figure_of(one.tokens_per_second, 3) if one.tokens_per_second else one.untimed
         at = tokens(one.at_tokens) if one.at_tokens is not None else EMPTY
         points = (_point_text(one.points.get(key)) for key in POINTS)
@@ -156,6 +171,7 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
                 price,
                 at,
                 _ratio_text(one),
+                one.left_out or EMPTY,
                 f"{one.base}: {one.difference}" if one.base else EMPTY,
                 first_of(list(one.trials)) or EMPTY,
             )
@@ -168,6 +184,7 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
         ">decode tok/s",
         ">at resident",
         ">of the other's",
+        "not in it",
         "differs by one thing from",
         "timed in",
     )
@@ -176,6 +193,8 @@ def remedies_table(rows: pd.DataFrame, summary: dict[str, Any]) -> Table:
         "a to b: not looked for more closely. Decode is attention only, all layers' kernels of one "
         "rank (and reading the weights, where the arm says so); "
         '"of the other\'s" divides it by that of the arm that this one differs from.',
+        *([EMULATED_NOTE] if any(one.untimed == EMULATED for one in arms) else []),
+        *([EXCHANGE_NOTE] if any(one.left_out for one in arms) else []),
     )
     return Table("What each remedy buys, and its price", columns, tuple(lines), notes)
 
@@ -233,10 +252,19 @@ def _rates(one: dict[str, Any]) -> dict[float, float]:
 def _why_untimed(own: pd.DataFrame) -> str:
     failed = own[(own["purpose"] == "point") & (own["status"] != "ok")]
     if failed.empty:
-        return "not timed"
+        return EMULATED if len(own) and own["strategy"].isin(ENGINES).all() else "not timed"
     row = failed.sort_values("context_tokens", kind="stable").iloc[0]
     word = {"oom": "OOM"}.get(row["status"], row["status"])
     return f"{word} at {tokens(row['context_tokens'])}"
+
+
+def _left_out(own: pd.DataFrame, at_tokens: float | None) -> str:
+    """Name the collective of context parallelism, and its time where ranks ran it."""
+    shared = own[own["parallel"].eq("context") & own["context_ranks"].gt(1)]
+    if shared.empty:
+        return ""
+    took = shared.loc[shared["resident_tokens_all_ranks"].eq(at_tokens), "collective_ms"].median()
+    return f"{EXCHANGE}: {took:.3g} ms a step" if known(took) else EXCHANGE
 
 
 def _setting(own: pd.DataFrame) -> dict[str, str]:

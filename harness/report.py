@@ -14,6 +14,7 @@ from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.tables import engine_tables
 from harness.plots import FIGURES_FOLDER, TITLES, draw_run
+from harness.precision import precision_table
 from harness.ranks_scaling import scaling_table
 from harness.remedies import remedies_table
 from harness.runs import (
@@ -29,6 +30,7 @@ from harness.runs import (
     write_file,
 )
 from harness.series import is_scale_model
+from harness.sharing import sharing_table
 from harness.sources import as_written
 from harness.tables_ranks import ranks_table
 from harness.tabular import EMPTY, Table, markdown_text
@@ -108,6 +110,8 @@ def report_parts(
 def _answers(rows: pd.DataFrame, summary: dict[str, Any]) -> list[Table]:
     return [
         remedies_table(rows, summary),
+        sharing_table(rows),
+        precision_table(rows),
         tables.oom_points(summary, rows),
         ranks_table(summary, rows),
         scaling_table(as_written(rows)),

@@ -198,10 +198,10 @@ class TrialConf:
     timing: bool = True
     arena: str = "auto"
     page_tokens: int = 128
-    chunk_target: Any = "64MiB"
+    chunk_target: Any = "64MiB"  # rounded up to whole pages of all layers, and to 2 MiB
     table_order: str = "identity"
     prefill_chunk_tokens: Any = None  # 2048 on a GPU, 16 on the scale model
-    prefill_histories: int = 5
+    prefill_histories: int = 5  # 0: prefill is not timed
     max_samples: int = 10
     timeout_seconds: float = 600.0
     read_weights: str = "none"  # none | device | offload

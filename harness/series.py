@@ -59,6 +59,7 @@ NAMED_BY_VALUE = (
 KNOWN_LATE = ("kernel_variant", "engine_version")
 OPTIONS_IN_COLUMNS = ("version", "block_size", "page_size")
 
+CHUNK_ASKED = re.compile(r"chunk_((\d{1,6})MiB)")
 ACRONYMS = ("kv", "fp8", "bf16")
 ENGINES = ("sglang", "vllm")
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
@@ -94,9 +95,21 @@ class Series:
 
     @property
     def own_name(self) -> str:
-        """The arm's own name in words and what else tells the curve apart; else the label."""
+        """The arm's own name in words and what else tells the curve apart; else the label.
+
+        An arm that is named by the size of chunk that was asked for is named by the real one.
+        """
         rest = self.label.removeprefix(f"{self.strategy}, {self.arm}")
-        return spoken(self.arm) + rest if self.arm else self.label
+        if not self.arm:
+            return self.label
+        asked, real = _chunk(self.arm, self.rows)
+        return spoken(self.arm.replace(asked, f"{real}MiB", 1) if asked else self.arm) + rest
+
+    @property
+    def sized_label(self) -> str:
+        """The label, with a chunk's real size behind the one that the arm is named by."""
+        asked, real = _chunk(self.arm, self.rows)
+        return self.label.replace(asked, f"{asked} ({real} MiB)", 1) if asked else self.label
 
     @property
     def spoken_label(self) -> str:
@@ -146,6 +159,19 @@ def spoken(arm: str) -> str:
     """Return an arm's name in words: ``fp8_kv`` as ``FP8 KV``, ``page_2MiB`` as ``page 2 MiB``."""
     words = " ".join(w.upper() if w in ACRONYMS else w for w in arm.split("_"))
     return re.sub(r"(\d)([KMG]iB)\b", r"\1 \2", words)
+
+
+def _chunk(arm: str, rows: pd.DataFrame) -> tuple[str, str]:
+    """Return the size of chunk that an arm's name gives, and the real one in MiB, if it differs.
+
+    A chunk holds whole pages of every layer, so that one of ``chunk_2MiB`` may have 6 MiB. Twice
+    ``""`` where they are alike, or nothing is known.
+    """
+    asked = CHUNK_ASKED.search(arm)
+    sizes = (rows["chunk_bytes"] * scale(rows)).dropna().unique()
+    if asked is None or len(sizes) != 1 or sizes[0] == int(asked[2]) * MIB:
+        return "", ""
+    return asked[1], f"{sizes[0] / MIB:.4g}"
 
 
 def _arms(rows: pd.DataFrame, leave: tuple[str, ...]) -> list[tuple[str, pd.DataFrame]]:

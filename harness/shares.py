@@ -10,7 +10,6 @@ Kwon et al., SOSP 2023, figure 2 and section 3.1: of the committed K/V memory,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from strategies.strategy import Strategy
@@ -50,25 +49,49 @@ def parts_of(committed: float, live: float, reserved: float, internal: float) ->
     return Parts(live, reserved, internal, committed - live - reserved - internal)
 
 
-def snapshot(strategy: Strategy, token_bytes: int, totals: Mapping[int, int]) -> Parts:
-    """The parts now, for open sequences that will end at these numbers of tokens.
+class Uses:
+    """The parts of open sequences, counted as each of them changes.
 
     Parameters
     ----------
     token_bytes : int
         K/V bytes of a token over all layer groups.
-    totals : mapping of int to int
-        Tokens at its end, for every open sequence.
     """
-    held = strategy.footprint()
-    reserved = internal = 0
-    for sequence, total in totals.items():
-        room = strategy.room_tokens(sequence)
-        internal += max(0, room - total)
-        reserved += max(0, min(room, total) - strategy.resident_tokens(sequence))
-    return parts_of(
-        held.committed_bytes, held.live_bytes, reserved * token_bytes, internal * token_bytes
-    )
+
+    def __init__(self, strategy: Strategy, token_bytes: int) -> None:
+        self.strategy, self.token_bytes = strategy, token_bytes
+        self.totals: dict[int, int] = {}  # open sequences and the tokens that they end with
+        self.room_tokens = self.resident_tokens = 0  # of all of them
+        self._reserved = self._internal = 0
+        self._counted: dict[int, tuple[int, int, int]] = {}  # room, total, resident
+
+    def read(self, sequence: int, total_tokens: int) -> None:
+        """Count an open sequence as it is now; it will end at so many tokens."""
+        self._count(self._counted.get(sequence, (0, 0, 0)), -1)
+        room = self.strategy.room_tokens(sequence)
+        now = (room, total_tokens, self.strategy.resident_tokens(sequence))
+        self._count(now, 1)
+        self._counted[sequence], self.totals[sequence] = now, total_tokens
+
+    def closed(self, sequence: int) -> None:
+        """Count a sequence no more."""
+        self._count(self._counted.pop(sequence), -1)
+        del self.totals[sequence]
+
+    @property
+    def parts(self) -> Parts:
+        """The parts now."""
+        held, token = self.strategy.footprint(), self.token_bytes
+        return parts_of(
+            held.committed_bytes, held.live_bytes, self._reserved * token, self._internal * token
+        )
+
+    def _count(self, one: tuple[int, int, int], sign: int) -> None:
+        room, total, resident = one
+        self.room_tokens += sign * room
+        self.resident_tokens += sign * resident
+        self._internal += sign * max(0, room - total)
+        self._reserved += sign * max(0, min(room, total) - resident)
 
 
 class Means:

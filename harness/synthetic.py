@@ -50,7 +50,7 @@ class Content:
     """What the K/V of one layer group hold.
 
     ``k_bank`` and ``v_bank`` are ``[BANK_TOKENS, kv_heads * D + BANK_SPARE_COLUMNS]``: bf16, or on
-    the host FP8 codes.
+    the host FP8 codes; these were rounded from ``unrounded``, the same two in bf16.
     """
 
     group: LayerGroup
@@ -58,6 +58,12 @@ class Content:
     k_bank: torch.Tensor
     v_bank: torch.Tensor
     needles: dict[tuple[int, int], dict[int, Needle]] = field(default_factory=dict)
+    unrounded: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @property
+    def values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V banks in bf16, as they are before the K/V dtype rounds them."""
+        return self.unrounded or (self.k_bank, self.v_bank)
 
     def pieces(self, sequence: int, layer: int, lo: int, hi: int) -> Iterator[Piece]:
         """Tokens [lo, hi) as runs that are contiguous in the banks."""
@@ -118,7 +124,8 @@ def make_content(group: LayerGroup, seed: int, workspace: Workspace, on_host: bo
     v = torch.randn(shape, generator=generator).to(torch.bfloat16)
     if on_host:
         if g.kv_dtype == "fp8_e4m3":
-            k, v = (x.to(torch.float8_e4m3fn).view(torch.uint8) for x in (k, v))
+            codes = [x.to(torch.float8_e4m3fn).view(torch.uint8) for x in (k, v)]
+            return Content(group, seed, codes[0], codes[1], unrounded=(k, v))
         return Content(group, seed, k, v)
     both = workspace.tensor("synthetic_kv", (2, *shape), torch.bfloat16)
     both[0].copy_(k)

@@ -66,13 +66,14 @@ def sweep(rows: pd.DataFrame, *, each: bool = False) -> Table:
     own = points(every)
     lines, anchors = [], []
     for one in series(own, leave=("model",)):
+        label = one.sized_label
         keys = ["model", "context_tokens", "fill", "status", "oom_phase", "oom_allocation"]
         keys.append("failed_rank")
         if each:
             keys.append("repeat")
         for _, group in one.rows.groupby(keys, dropna=False, sort=True):
             for row in [r for _, r in group.iterrows()] if each else [_median(group)]:
-                lines.append(_sweep_cells(one.label, row, row["trial_id"] if each else len(group)))
+                lines.append(_sweep_cells(label, row, row["trial_id"] if each else len(group)))
                 anchors.append(row["trial_id"] if each else "")
     columns = (
         "trial" if each else ">trials",
@@ -133,7 +134,8 @@ def _failures(own: pd.DataFrame) -> list[str]:
             else:
                 continue
             text = (
-                f"{one.label} at {tokens(row['context_tokens'])}, fill {percent(row['fill'])}: "
+                f"{one.sized_label} at {tokens(row['context_tokens'])}, "
+                f"fill {percent(row['fill'])}: "
                 f"{row['status']}{on_rank(row)} in {where or 'no phase that is known'}: {said}"
             )
             out[text] = None

@@ -137,10 +137,16 @@ class Stopwatch:
         """Decode steps while the last sequence grows by ``tokens``; None when it has no room to.
 
         Each lasts, on the host's clock, from the launch of the step until it and the growth are
-        through. Nothing is written: the steps read what was there before.
+        through. Nothing is written: the steps read what was there before. On the host sampling
+        ends as that of a step alone does.
         """
         step, grown = self.decode_step(sequences), sequences[-1]
         ms: list[float] = []
+        began = time.perf_counter()
+
+        def enough() -> bool:
+            spent = not self.on_cuda and time.perf_counter() - began > HOST_BUDGET_SECONDS
+            return len(ms) > GROWING_SAMPLES or (spent and len(ms) > CUDA_MIN_SAMPLES)
 
         def once() -> None:
             step()
@@ -151,7 +157,7 @@ class Stopwatch:
                 torch.cuda.synchronize()
 
         try:
-            while len(ms) <= GROWING_SAMPLES:
+            while not enough():
                 ms.append(_host_ms(once))
         except (OutOfMemory, Refused):
             if len(ms) <= CUDA_MIN_SAMPLES:

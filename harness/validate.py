@@ -194,7 +194,8 @@ def _trial(conf: DictConfig, on_host: bool, accounted: bool) -> TrialOptions:
     pages = ACCOUNTED_PAGE_TOKENS if accounted else PAGE_TOKENS
     if conf.page_tokens not in pages:
         raise BadValue("trial.page_tokens", conf.page_tokens, ", ".join(map(str, pages)))
-    _range("trial.prefill_histories", conf.prefill_histories, 2, 50)
+    if conf.prefill_histories != 0 and not 2 <= conf.prefill_histories <= 50:
+        raise BadValue("trial.prefill_histories", conf.prefill_histories, "0, or from 2 to 50")
     _range("trial.max_samples", conf.max_samples, 2, 1000)
     _range("trial.timeout_seconds", conf.timeout_seconds, 0.1, 86400)
     target = parse_bytes(conf.chunk_target, "trial.chunk_target")

@@ -26,6 +26,8 @@ from harness.trace_file import Request, read_trace
 from strategies.device import Device
 from strategies.strategy import Strategy
 
+MS_PER_HOUR = 3.6e6
+
 Note = Callable[[str, dict[str, Any]], None]
 
 
@@ -119,7 +121,8 @@ def _trace(cell: Cell, strategy: Strategy, device: Device, recorder: _Recorder) 
     observe(batch)
     counts, whole = batch.counts, max(1, batch.whole.steps)
     return (
-        _means(cell, batch.means)
+        _clock(cell, batch.step)
+        | _means(cell, batch.means)
         | batch.growth.columns()
         | {
             "sequences_admitted": round(batch.mean_running, 3),
@@ -162,7 +165,7 @@ def _churn(cell: Cell, strategy: Strategy, device: Device, recorder: _Recorder) 
     )
     churn.run()
     seen = churn.admissible
-    row = _means(cell, churn.means) | churn.growth.columns()
+    row = _means(cell, churn.means) | churn.growth.columns() | _clock(cell, churn.decode_steps)
     row |= {
         "sequences_admitted": round(churn.mean_open, 3),
         "peak_sequences": churn.peak_open,
@@ -178,6 +181,12 @@ def _churn(cell: Cell, strategy: Strategy, device: Device, recorder: _Recorder) 
         row["admissible_of_free"] = sum(seen.of_free) / len(seen.of_free)
         row["admissible_of_free_min"] = min(seen.of_free)
     return row
+
+
+def _clock(cell: Cell, steps: float) -> Row:
+    """How long so many decode steps stand for, and the step time that is assumed."""
+    step_ms = cell.settings.workload["step_ms"]
+    return {"step_ms": step_ms, "simulated_hours": steps * step_ms / MS_PER_HOUR}
 
 
 def _means(cell: Cell, means: Means) -> Row:

@@ -55,9 +55,10 @@ class GrowingStrategy(PooledStrategy):
 
     def _exchange(self, sequence: int, dead: list[int], lacking: list[int]) -> int:
         """Release dead pages and take the lacking ones, in every group or in none."""
+        rows = [pool.table.rows[sequence] for pool in self.pools]
         dropped = [
-            pool.table.rows[sequence].entries[pool.table.rows[sequence].first : first].astype(int)
-            for pool, first in zip(self.pools, dead, strict=True)
+            row.entries[row.first : first].astype(int)
+            for row, first in zip(rows, dead, strict=True)
         ]
         for pool, pages in zip(self.pools, dropped, strict=True):
             pool.allocator.lend(pages)

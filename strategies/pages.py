@@ -21,6 +21,7 @@ from strategies.model import LayerGroup
 
 Pages = npt.NDArray[np.int64]
 PAGE_POLICIES = ("lowest", "committed")
+TAKEN_TWICE = "a page that is handed out already was to be handed out again"
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ class PageAllocator:
 
     def lend(self, pages: Pages) -> None:
         """Release pages so that :meth:`retake` can undo it: :meth:`trim` spares their chunks."""
-        self.release(pages)
-        self._lent = np.unique(pages // self.pages_per_chunk)
+        if len(pages):
+            self.release(pages)
+            self._lent = np.unique(pages // self.pages_per_chunk)
 
     def retake(self, pages: Pages) -> None:
         """Undo a :meth:`lend`; nothing was allocated in between that was not undone."""
@@ -210,6 +212,8 @@ class PageAllocator:
         return found
 
     def _grant(self, pages: Pages, phase: str, allocation: str) -> Grant:
+        if len(pages) == 1 and self._committed[pages[0] // self.pages_per_chunk]:
+            return self._mark_taken(pages)
         chunks, _ = self._chunks_of(pages)
         wanted = runs(chunks[~self._committed[chunks]])
         nbytes = self._commit(wanted, phase, allocation)
@@ -261,16 +265,30 @@ class PageAllocator:
     def _mark_taken(self, pages: Pages) -> Grant:
         if not len(pages):
             return Grant(pages)
-        if not self._free_flat[pages].all():
-            raise ValueError("a page that is handed out already was to be handed out again")
-        self._free_flat[pages] = False
-        chunks, counts = self._chunks_of(pages)
-        self.empty_chunks -= self._count_empty(chunks)
-        self._chunk_free[chunks] -= counts
+        if len(pages) == 1:  # as each sequence grows where a page holds few tokens: no arrays
+            self._take_one(int(pages[0]))
+        else:
+            self._take_several(pages)
         self.free_pages -= len(pages)
         self.free_committed_pages -= len(pages)
         self._first = self._next_free_chunk()
         return Grant(pages)
+
+    def _take_one(self, page: int) -> None:
+        if not self._free_flat[page]:
+            raise ValueError(TAKEN_TWICE)
+        chunk = page // self.pages_per_chunk
+        self._free_flat[page] = False
+        self.empty_chunks -= int(self._chunk_free[chunk] == self.pages_per_chunk)
+        self._chunk_free[chunk] -= 1
+
+    def _take_several(self, pages: Pages) -> None:
+        if not self._free_flat[pages].all():
+            raise ValueError(TAKEN_TWICE)
+        self._free_flat[pages] = False
+        chunks, counts = self._chunks_of(pages)
+        self.empty_chunks -= self._count_empty(chunks)
+        self._chunk_free[chunks] -= counts
 
     def _mark_free(self, pages: Pages) -> None:
         if not len(pages):

@@ -6,6 +6,7 @@ import pytest
 
 from harness import forecast
 from harness.cell import Cell
+from harness.lengths import targets
 from harness.rows import identity
 from harness.run import _chunk_tokens, interleaved, point_cells
 from harness.sizes import BadValue
@@ -102,6 +103,17 @@ def test_a_trial_that_died_is_held_against_nothing(status):
     cell = Cell(made("strategy=static", "context=1M"), 1_000_000)
     row = forecast.with_prediction(as_planned(cell) | {"status": status}, cell)
     assert row.get("predicted_off_by") is None and row["predicted_status"] == "ok"
+
+
+def test_a_batch_is_foreseen_sequence_by_sequence():
+    """Six sequences of mixed lengths: 946 pages, of which 22 fill a chunk."""
+    words = ["workload=batch", "workload.sequences=6", "hardware.capacity=24GiB"]
+    own = made("strategy=paged", "context=64Ki", *words)
+    cell = Cell(own, 64 << 10)
+    (group,) = own.kv_model().groups
+    pages = sum(group.pages(tokens) for tokens in targets(cell))
+    assert (pages, group.pages_per_chunk) == (946, 22)
+    assert forecast.predict_cell(cell).predicted_kv_bytes == 43 * group.chunk_bytes
 
 
 def test_cells_of_one_process_have_a_prediction_each():

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from harness.cell import Cell
-from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, GateResult
+from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, GateResult, stored_values
+from harness.synthetic import NEEDLE_AMPLITUDE
 from harness.trial import Trial
+from harness.workspace import BANK_TOKENS
 from kernels import ops
 from tests.harness.composed import made
 
@@ -85,6 +87,48 @@ def test_right_kernels_pass(monkeypatch):
     row = gated(monkeypatch)
     assert row["status"] == "ok"
     assert 0 < row["gate_error"] < MAX_RELATIVE_RMS / 2
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3", "bf16"])
+def test_what_rounding_loses_is_told_beside_the_kernels_error(monkeypatch, dtype):
+    """Against an attention of its own over the bank, before and after the dtype rounded it."""
+    seen = {}
+
+    def watched(view, layer, q, plan, out=None, lse=None):
+        found = PLAIN["decode"](view, layer, q, plan, out, lse)
+        seen.setdefault("decode", (q[0].double(), out[0].double().clone()))
+        return found
+
+    monkeypatch.setattr(ops, "decode", watched)
+    words = ("hardware=scale_model", f"context={BANK_TOKENS}", f"model.kv_dtype={dtype}")
+    settings = made("strategy=paged", "trial.prefill_histories=0", *words)
+    records = []
+    trial = Trial([Cell(settings, BANK_TOKENS)], records.append, {})
+    try:
+        trial.run()
+        (content,) = trial.contents
+    finally:
+        trial.device.close()
+    (row,) = [r["row"] for r in records if r["type"] == "row"]
+    q, out = seen["decode"]
+    (piece, *_) = pieces = list(content.pieces(0, 0, 0, BANK_TOKENS))
+
+    def right(k_bank, v_bank):
+        rows = torch.cat([torch.arange(p.lo, p.hi) for p in pieces])
+        k = k_bank[rows, piece.k_shift : piece.k_shift + 64].double()
+        v = v_bank[rows, piece.v_shift : piece.v_shift + 64].double()
+        for n in content.needles[(0, 0)].values():
+            k[n.position], v[n.position] = n.signs * NEEDLE_AMPLITUDE, n.value.double()
+        return torch.softmax(q @ k.T / 8, 1) @ v
+
+    stored = [stored_values(bank, dtype) for bank in (content.k_bank, content.v_bank)]
+    for banks, name in ((stored, "decode_gate_error"), (content.values, "unrounded_decode_error")):
+        want = right(*banks)
+        error = ((out - want).norm() / want.norm()).item()
+        assert row[name] == pytest.approx(error, rel=1e-3, abs=1e-9)
+    lost = row["unrounded_decode_error"] / row["decode_gate_error"]
+    assert lost > 1000 if dtype == "fp8_e4m3" else lost == 1
+    assert row["gate_error"] >= row["decode_gate_error"] > 0
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -106,8 +106,9 @@ class Happened:
         self.admitted = made.can_admit(spec.context_tokens)
         for sequence in range(spec.sequences):
             made.open(sequence, spec.context_tokens)
-        for sequence in range(spec.sequences):
-            self._fill(made, sequence, spec.target_tokens)
+        targets = [tokens for tokens, count in spec.targets for _ in range(count)]
+        for sequence, tokens in enumerate(targets):
+            self._fill(made, sequence, tokens)
 
     def _fill(self, made, sequence, target):
         step, page = 2048, made.model.groups[0].geometry.page_tokens
@@ -150,6 +151,18 @@ FRACTIONS = st.sampled_from([0.3, 0.5, 0.65, 0.8, 1.0])
 def test_a_trial_goes_as_predicted(strategy, context, sequences, fill, fraction):
     options = {} if strategy == "paged" else {"mem_fraction": fraction}
     check(pool_spec(strategy, context, sequences=sequences, fill=fill, options=options))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["static", "paged", "eager_pages"]),
+    st.lists(st.integers(0, 12_000), min_size=1, max_size=6),
+    FRACTIONS,
+)
+def test_a_batch_of_mixed_lengths_goes_as_predicted(strategy, lengths, fraction):
+    options = {} if strategy == "paged" else {"mem_fraction": fraction}
+    known = {"sequences": len(lengths), "lengths": tuple(lengths), "options": options}
+    check(pool_spec(strategy, max(1, *lengths, 1), **known))
 
 
 @settings(max_examples=40, deadline=None)
@@ -224,6 +237,13 @@ def test_an_emulated_start_goes_as_predicted(which, model, context):
     strategy, options = which
     made = check(engine_spec(strategy, context, model, **options))
     assert made.items[-1].failed == (made.outcome not in ("ok", "crash"))
+
+
+@pytest.mark.parametrize("strategy", ["sglang", "vllm"])
+@pytest.mark.parametrize("lengths", [(3, 9, 1000), (20_000, 70_000, 90_000, 131_072)])
+def test_an_engines_batch_goes_as_predicted(strategy, lengths):
+    spec = engine_spec(strategy, 131_072)
+    check(replace(spec, sequences=len(lengths), lengths=lengths))
 
 
 @pytest.mark.parametrize("strategy", ["static", "paged", "eager_pages"])

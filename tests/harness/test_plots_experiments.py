@@ -13,8 +13,12 @@ from harness.plots_engines import figure_root_cause, items_of
 from harness.plots_fractions import figure_mem_fraction
 from harness.plots_granularity import figure_granularity
 from harness.plots_precision import figure_precision
-from harness.plots_sharing import SHARES, figure_waste
+from harness.plots_sharing import figure_waste
+from harness.precision import precision_table
 from harness.runs import frame
+from harness.shares import NAMES
+from harness.sharing import sharing_table
+from harness.tables import sweep
 from tests.harness.run_fixture import GIB, SUMMARY, cell, events, legend, texts
 
 
@@ -103,19 +107,50 @@ def test_fractions_are_a_curve_for_each_meaning_and_crosses_did_not_start():
     assert "device: 139.3 GiB free" in legend(figure)
 
 
-def test_waste_stands_beside_the_papers_figure():
+def waste_rows():
+    """Slots of the longest request in 16 GiB, pages in 8; an engine whose shares nobody knows."""
     rows = [
-        cell(name, 1000, 1.0) | dict(zip(SHARES, shares, strict=True)) | {"sequences_admitted": n}
-        for name, shares, n in (
-            ("static", (0.2, 0.1, 0.6, 0.1), 7),
-            ("paged", (0.96, 0, 0.04, 0), 33),
-            ("vllm", (None,) * 4, None),
+        cell(name, 1000, 1.0)
+        | {f"{part}_share": share for part, share in zip(NAMES, shares, strict=True)}
+        | {"sequences_admitted": n, "kv_committed_bytes": kv, "slot_policy": policy}
+        for name, policy, shares, n, kv in (
+            ("static", "max", (0.2, 0.1, 0.6, 0.1), 8, 16 * GIB),
+            ("paged", "", (0.96, 0, 0.04, 0), 33, 8 * GIB),
+            ("vllm", "", (None,) * 4, None, None),
         )
     ]
-    figure = figure_waste(frame(rows))
-    widths = [p.get_width() for p in figure.axes[0].patches]
+    return [r | {"experiment": "waste"} for r in rows]
+
+
+def test_waste_stands_beside_the_papers_figures():
+    figure = figure_waste(frame(waste_rows()))
+    shares, _, held, batched = figure.axes
+    widths = [p.get_width() for p in shares.patches]
     assert widths == pytest.approx([20, 10, 60, 10, 96, 0, 4, 0])
-    assert {"57.3", "96.3", "33", "no figure", "Orca (Pow2)"} <= set(texts(figure))
+    assert [p.get_width() for p in held.patches] == pytest.approx([1, 8.25, 0])
+    assert {"57.3", "96.3", "8.25×: 33.0 in 8.00 GiB", "no figure"} <= set(texts(figure))
+    drawn = sorted(p.get_width() for p in batched.patches)
+    paper = (7, 9.81, 13.62, 30.42, 7, 43.24, 72.75, 132.44)
+    assert drawn == pytest.approx(sorted(n / 7 for n in paper))
+
+
+def test_without_slots_of_the_longest_request_sequences_are_a_gib_s():
+    (_, paged, _) = waste_rows()
+    figure = figure_waste(frame([paged]))
+    assert [p.get_width() for p in figure.axes[2].patches] == pytest.approx([33 / 8])
+    assert "4.12: 33.0 in 8.00 GiB" in texts(figure)
+    assert figure.axes[2].get_xlabel() == "sequences a GiB of KV"
+
+
+def test_the_waste_table_compares_sequences_in_equal_memory():
+    rows = frame(waste_rows())
+    table = sharing_table(rows)
+    lines = {line[0]: line[1:] for line in table.rows}
+    assert lines["static"][4:] == ("8.00", "16.0", "0.500", "1.00")
+    assert lines["paged"][4:] == ("33.0", "8.00", "4.12", "8.25")
+    assert lines["vllm"] == ("–",) * 8
+    assert lines["vLLM, paper"][-1] == "4.35 / 18.9"
+    assert not sharing_table(rows.assign(experiment="sweep")).rows
 
 
 def churn_rows():
@@ -126,7 +161,7 @@ def churn_rows():
     rows = [
         cell("static", 1_000_000, 0.5) | whole | {"kv_end_committed_bytes": 8 * GIB},
         cell("paged", 1_000_000, 1.0) | whole | grown,
-        cell("paged", 1_000_000, 1.0, chunk_bytes=1 << 21) | whole | grown | {"arm": "chunk_2MiB"},
+        cell("paged", 1_000_000, 1.0, chunk_bytes=6 << 20) | whole | grown | {"arm": "chunk_2MiB"},
         cell("eager_pages", 1_000_000, 1.0) | {"status": "crash"},
     ]
     return [r | {"experiment": "fragmentation"} for r in rows]
@@ -143,7 +178,7 @@ def test_churn_draws_committed_and_live_bytes_of_every_arm_over_its_operations()
     ]
     figure = figure_churn(frame(rows), pd.DataFrame(changes))
     titles = [a.get_title(loc="left") for a in figure.axes if a.axison]
-    assert titles == ["static", "paged", "chunk 2 MiB", "eager_pages"]
+    assert titles == ["static", "paged", "chunk 6 MiB", "eager_pages"]
     said = texts(figure)
     assert "no ledger events" in said and "no ledger events (crash)" in said
     for axes in figure.axes[1:3]:  # a slow arm is as wide as a fast one
@@ -157,10 +192,28 @@ def test_what_churn_costs_is_a_bar_an_arm_and_metric():
     figure = figure_fragmentation(frame(churn_rows()))
     assert [len(axes.patches) for axes in figure.axes] == [4] * 6
     names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
-    assert names == ["static", "paged", "chunk 2 MiB", "eager_pages"]
+    assert names == ["static", "paged", "chunk 6 MiB", "eager_pages"]
     said = texts(figure)
     assert said.count("crash") == 6 and said.count("–") == 1 and said.count("8.00") == 1
     assert legend(figure) == ["static", "paged", "eager_pages"]
+
+
+def test_churn_says_how_long_it_stands_for_where_its_rows_do():
+    rows = churn_rows()
+    for hours, row in zip((2.5, 3.0, None), rows, strict=False):
+        row |= {"simulated_hours": hours, "step_ms": 25.0 if hours else None}
+    changes = pd.DataFrame(columns=["trial_id"])
+    for figure in (figure_fragmentation(frame(rows)), figure_churn(frame(rows), changes)):
+        said = " ".join(" ".join(texts(figure)).split())
+        assert "stand for 2.5 to 3.0 h of decoding" in said and "to last 25 ms" in said
+        assert "rounded up to whole pages" in said
+    earlier = " ".join(texts(figure_fragmentation(frame(churn_rows()[:2]))))
+    assert "of decoding" not in earlier and "rounded up" not in earlier
+
+
+def test_a_trials_table_gives_a_chunk_its_real_size():
+    names = {line[0] for line in sweep(frame(churn_rows())).rows}
+    assert names == {"static", "paged", "paged, chunk_2MiB (6 MiB)", "eager_pages"}
 
 
 def grain_rows():
@@ -261,6 +314,35 @@ def test_precision_draws_rate_and_error_at_the_longest_length_that_was_timed():
     assert widths[0] == [48, 24] and widths[2] == [87, 170] and widths[3] == [1, 1]
     assert "at 1M resident" in figure.axes[2].get_xlabel()
     assert all(0 < n < 10 for n in widths[1]) and "→" not in "".join(texts(figure))
+
+
+def rounded_rows():
+    """The same, of a version that measures what rounding K and V costs."""
+    cost = {"fp8_e4m3": 0.035, "bf16": 0.0002}
+    return [
+        r | {"decode_gate_error": 0.0002, "unrounded_decode_error": cost[r["kv_dtype"]]}
+        for r in precision_rows()
+    ]
+
+
+def test_precision_draws_what_rounding_costs_beside_the_kernels_error():
+    figure = figure_precision(frame(rounded_rows()))
+    panels = [axes for axes in figure.axes if axes.axison]
+    widths = [[p.get_width() for p in axes.patches] for axes in panels]
+    assert len(panels) == 5 and widths[2] == [87, 170]
+    assert widths[3] == pytest.approx([0.2, 0.2]) and widths[4] == pytest.approx([0.2, 35])
+    assert "with rounding" in panels[4].get_xlabel()
+    assert panels[3].get_xlim() == panels[4].get_xlim() != panels[2].get_xlim()
+
+
+def test_the_precision_table_holds_both_errors_at_every_length():
+    lines = precision_table(frame(rounded_rows())).rows
+    errors = {(line[1], line[3]): line[5:] for line in lines}
+    assert errors["fp8_e4m3", "1M"] == ("0.00100", "0.000200", "0.0350")
+    assert errors["bf16", "1M"] == ("0.00100", "0.000200", "0.000200")
+    earlier = {line[5:] for line in precision_table(frame(precision_rows())).rows}
+    assert earlier == {("0.00100", "–", "–")}
+    assert not precision_table(frame([cell("paged", 1_000_000, 1.0)])).rows
 
 
 def test_precision_names_what_was_not_timed_or_failed():

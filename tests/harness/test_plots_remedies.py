@@ -61,7 +61,7 @@ def rows():
             arm("hybrid_kv", "paged", model="scout", status="crash", hybrid=1),
             arm("default_requests", "sglang", **qwen, status="oom"),
             arm("few_requests", "sglang", **qwen, strategy_options='{"max_running_requests": 16}'),
-            arm("context_parallel", "paged", **qwen, parallel="context"),
+            arm("context_parallel", "paged", **qwen, parallel="context", context_ranks=8),
         ]
     )
 
@@ -79,7 +79,9 @@ def test_every_arm_is_a_row_by_its_own_name_with_its_points_and_price():
     assert names[5:8] == ["FP8 KV", "hybrid KV", "default requests"]
     assert len(names) == len(ENTRIES) == len(price.patches)
     assert len(points(figure)) == 3 * (len(ENTRIES) - 1)  # one arm never started
-    assert {"172", "586", "13.9", "crash at 1M", "OOM at 1M", "not timed"} <= set(texts(figure))
+    assert {"172", "586", "13.9", "crash at 1M", "OOM at 1M", "emulated, not timed"} <= set(
+        texts(figure)
+    )
 
 
 def test_tokens_stand_on_a_log_axis_from_1e5_to_1e8_that_holds_every_point():
@@ -143,6 +145,24 @@ def test_the_table_holds_every_arm_its_points_and_its_price():
     assert table.title in [
         t.title for t in report_parts(rows(), REMEDIES, rows()["run_id"].iloc[0])[0]
     ]
+
+
+def test_what_a_price_leaves_out_and_why_there_is_none_is_said():
+    table = remedies_table(rows(), REMEDIES)
+    lines = {row[0]: row for row in table.rows}
+    assert lines["few requests"][6] == "emulated, not timed" and lines["static"][9] == "–"
+    assert lines["context parallel"][9] == "the exchange between ranks"
+    assert any("no step to time" in n for n in table.notes)
+    assert "context parallel: without the exchange between ranks." in " ".join(
+        " ".join(texts(figure_remedies(rows(), REMEDIES))).split()
+    )
+    ran = rows()
+    ran.loc[ran["arm"].eq("context_parallel"), "collective_ms"] = 0.3125
+    ran.loc[ran["arm"].eq("context_parallel"), "resident_tokens_all_ranks"] = 1_000_000
+    lines = {row[0]: row for row in remedies_table(ran, REMEDIES).rows}
+    assert lines["context parallel"][9] == "the exchange between ranks: 0.312 ms a step"
+    alone = {"strategies": {"static, static": ENTRIES["static, static"]}}
+    assert len(remedies_table(rows()[:1], alone).notes) == 1
 
 
 def test_a_price_is_compared_at_a_length_that_both_were_timed_at():

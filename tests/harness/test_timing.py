@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from harness.measure import _decode_columns, _growing_columns, _prefill_columns
-from harness.timing import Samples, Stopwatch, prefill_flops
+from harness.timing import GROWING_SAMPLES, Samples, Stopwatch, prefill_flops
 from kernels.view import Geometry
 from strategies.device_host import HostDevice
 from strategies.model import KVModel, LayerGroup
@@ -132,6 +133,18 @@ def test_what_a_straight_line_misses_is_told():
     missed = math.sqrt((4 + 16 + 4) / 9)
     assert model.relative_residual == pytest.approx(missed / math.sqrt(100 + 144 + 100))
     assert model.total_seconds == pytest.approx(11 * (10 + 2 / 3) / 1e3)
+
+
+def test_a_slow_step_beside_growth_is_sampled_as_long_as_one_alone(monkeypatch):
+    """On the host: a warm-up and three samples, or as many as a second has room for."""
+    own = made("strategy=paged", "context=1M")
+    seconds = iter(range(100))
+    monkeypatch.setattr("harness.timing.time.perf_counter", lambda: float(next(seconds)))
+    watch = Stopwatch(own, SimpleNamespace(extend=lambda sequence, tokens: 0), None)
+    watch.decode_step = lambda sequences: lambda: None
+    assert len(watch.decode_while_growing([0], 128).ms) == 3
+    monkeypatch.setattr("harness.timing.time.perf_counter", lambda: 0.0)
+    assert len(watch.decode_while_growing([0], 128).ms) == GROWING_SAMPLES
 
 
 @pytest.mark.parametrize("steps", [2, 8])

@@ -130,6 +130,7 @@ def test_churn_tells_how_long_a_sequence_still_fits():
     assert row["predicted_tables_bytes"] == row["tables_bytes"]
     assert row["predicted_peak_bytes"] is row["predicted_kv_bytes"] is None
     assert row["predicted_off_by"] == "kv and peak not foreseen: memory may not be filled"
+    assert row["step_ms"] == 25 and 0 < row["simulated_hours"] < 100
     committed = [e["kv_committed_bytes"] for e in events if "kv_committed_bytes" in e]
     rises = sum(b > a for a, b in pairwise(committed))
     falls = sum(b < a for a, b in pairwise(committed))
@@ -154,6 +155,7 @@ def test_a_batch_is_filled_to_its_own_lengths_and_timed():
     lengths = batch_lengths(Cell(settings, 4096))
     assert row["status"] == "ok" and row["gate_error"] < 0.05
     assert row["resident_tokens"] == sum(lengths) and len(set(lengths)) == 5
+    assert row["predicted_kv_bytes"] == row["kv_committed_bytes"]
     assert lengths[-1] == max(lengths) and all(100 <= n <= 4096 for n in lengths)
     assert row["attention_decode_tokens_per_second"] == pytest.approx(
         5e3 / row["attention_decode_step_ms"]
@@ -161,6 +163,18 @@ def test_a_batch_is_filled_to_its_own_lengths_and_timed():
     halved = Cell(settings, 4096, fill=0.5)
     assert targets(halved) == [n // 2 for n in lengths]
     assert filled_tokens(halved) == sum(n // 2 for n in lengths)
+
+
+def test_decode_alone_is_timed_where_no_histories_are_asked_for():
+    words = ["strategy=paged", "context=4096", "trial.prefill_histories=0"]
+    row, events, samples = run(*words)
+    assert row["status"] == "ok" and row["gate_error"] < 0.05
+    assert row["attention_decode_step_ms"] > 0 and row["prefill_kernel_variant"]
+    assert row["attention_prefill_chunk_ms"] is row["prefill_samples"] is None
+    assert "prefill" not in {s["what"] for s in samples} | {e["phase"] for e in events}
+    for wrong in ("1", "-1", "51"):
+        with pytest.raises(BadValue, match="0, or from 2 to 50"):
+            compose_settings([*SMALL, f"trial.prefill_histories={wrong}"])
 
 
 def test_arrivals():
@@ -181,6 +195,7 @@ def test_a_slow_trace_is_not_limited_by_admission():
     assert row["status"] == "ok" and row["admission_limited_share"] == 0
     assert row["predicted_off_by"] == "kv and peak not foreseen: they follow the arrivals"
     assert row["sequences_admitted"] > 0 and row["live_share"] > 0
+    assert row["simulated_hours"] * 3600 == pytest.approx(row["workload_steps"] * 0.025)
     assert row["workload_steps"] * 0.025 >= read_trace(limit=200).requests[-1].arrival_seconds
 
 
