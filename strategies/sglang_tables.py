@@ -87,18 +87,23 @@ def _measured(phase: str, name: str, by_version: dict[str, int], version: str) -
     return [Item(phase, name, ((1, nbytes),), f"measured@{version}")] if nbytes else []
 
 
+def _rope_rows(model: EngineModel, context_tokens: int) -> tuple[int, int]:
+    """Rows of the rotary table that the first layer makes, and of the one that stays."""
+    first = max(model.max_position_embeddings, context_tokens)
+    needed = context_tokens + ROPE_MARGIN_TOKENS
+    return first, max(first, -(-needed // ROPE_ALIGN_TOKENS) * ROPE_ALIGN_TOKENS)
+
+
 def rope_table(model: EngineModel, version: str, context_tokens: int) -> Item:
     """Cosines and sines of every position: those of the config, then those of the context.
 
     Where the context needs more rows, a longer table replaces the first. Making one takes its
     angles, cosines and sines beside it, and the positions in float32.
     """
-    rows = first = max(model.max_position_embeddings, context_tokens)
-    transient = 0
-    if version in LOADED_MEASURED_BYTES:
-        needed = context_tokens + ROPE_MARGIN_TOKENS
-        rows = max(first, -(-needed // ROPE_ALIGN_TOKENS) * ROPE_ALIGN_TOKENS)
-        transient = first * (ROPE_TEMPORARIES * model.rotary_dim // 2 + 1) * 4
+    first, rows = _rope_rows(model, context_tokens)
+    transient = first * (ROPE_TEMPORARIES * model.rotary_dim // 2 + 1) * 4
+    if version not in LOADED_MEASURED_BYTES:
+        rows, transient = first, 0
     source = "layers/rotary_embedding/base.py:70@0.5.12.post1"
     made = tensor("tables", "rope_cos_sin", (rows, model.rotary_dim), "fp32", source)
     return replace(made, transient_bytes=transient, before_weights=True)
@@ -117,17 +122,16 @@ def rope_leftover_bytes(model: EngineModel, version: str, context_tokens: int) -
     """
     if version not in LOADED_MEASURED_BYTES:
         return 0
-    positions = max(model.max_position_embeddings, context_tokens)
-    table = positions * model.rotary_dim * 4
+    first, rows = _rope_rows(model, context_tokens)
+    table = first * model.rotary_dim * 4
     segment, weights = table // 2, model.weights_bytes
     if not segment:
         return 0
     used = min(-(-weights // segment), ROPE_TEMPORARIES)
     left = max(0, used * segment - weights)
-    behind = -table % SEGMENT_BYTES
-    replaced = context_tokens + ROPE_MARGIN_TOKENS > positions
+    behind = segments(table) - table
     fits = any(SPLIT_BYTES < nbytes <= behind for nbytes in model.weight_tensors_bytes)
-    return left + (table if replaced and behind > SPLIT_BYTES and fits else 0)
+    return left + (table if rows > first and fits else 0)
 
 
 def rope_leftover(version: str, left_bytes: int, later: list[Item]) -> list[Item]:

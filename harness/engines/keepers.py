@@ -42,13 +42,10 @@ class Keeper:
             self.process.stdin.close()
 
     def wait(self, limit_seconds: float) -> None:
-        """Wait for its end; it ends the engine in time. End both when we are interrupted."""
+        """Wait for its end; it ends the engine in time. It may outlive the wait: :meth:`end` it."""
         deadline = time.monotonic() + limit_seconds + 2 * REAP_SECONDS
-        try:
-            while self.process.poll() is None and time.monotonic() < deadline:
-                time.sleep(POLL_SECONDS)
-        finally:
-            self.end()
+        while self.process.poll() is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     def end(self) -> None:
         """End it and its engine, if they live."""

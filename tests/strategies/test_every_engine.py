@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from strategies import registry
 from strategies.engine_model import GIB
 from strategies.errors import EngineCrash, OutOfMemory, Refused
 from tests.strategies.engine_models import H200_BYTES, ONE_RANK
+from tests.strategies.sequences import Sequences
 from tests.strategies.small_models import PLAIN, Events, RefusingDevice
 
 SCALE = 192 * 64  # 11.6 MiB of host memory stand for an H200
@@ -57,7 +58,7 @@ def state(strategy, device):
     return device.used_bytes(), device.free_bytes(), strategy.footprint()
 
 
-class Starts(RuleBasedStateMachine):
+class Starts(Sequences):
     @initialize(variant=st.sampled_from(list(VARIANTS)), share=st.sampled_from([0.2, 0.5, 1.0]))
     def make(self, variant, share):
         self.strategy, self.device = made(variant, int(H200_BYTES * share))
@@ -118,13 +119,6 @@ class Starts(RuleBasedStateMachine):
             assert refused.phase == "fill" and not (admitted and more <= most)
             assert state(self.strategy, self.device) == before
         self.device.obey()
-
-    @precondition(lambda self: self.tokens)
-    @rule(pick=st.integers(0, 9))
-    def close(self, pick):
-        sequence = sorted(self.tokens)[pick % len(self.tokens)]
-        self.strategy.close(sequence)
-        del self.tokens[sequence]
 
     @invariant()
     def everything_is_accounted_and_nothing_is_left(self):

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from strategies import registry, sizing
 from strategies.errors import OutOfMemory, Refused
+from tests.strategies.sequences import Sequences
 from tests.strategies.small_models import (
     HYBRID,
     PAGE_TOKENS,
@@ -66,7 +67,7 @@ def reserve_bytes(strategy):
     return sum(p.allocator.empty_chunks * p.group.chunk_bytes for p in strategy.pools)
 
 
-class Requests(RuleBasedStateMachine):
+class Requests(Sequences):
     @initialize(
         variant=st.sampled_from(list(VARIANTS)),
         model=st.sampled_from([PLAIN, HYBRID]),
@@ -171,13 +172,6 @@ class Requests(RuleBasedStateMachine):
     @staticmethod
     def mark(sequence, index):
         return 1 + (7 * sequence + index) % 250
-
-    @precondition(lambda self: self.tokens)
-    @rule(pick=st.integers(0, 9))
-    def close(self, pick):
-        sequence = sorted(self.tokens)[pick % len(self.tokens)]
-        self.strategy.close(sequence)
-        del self.tokens[sequence]
 
     @invariant()
     def pages_are_owned_once_and_keep_their_bytes(self):
