@@ -15,6 +15,7 @@ from harness.columns import COLUMNS, is_text
 from harness.folder import FolderError, Outcome, RunFolder, find_or_create, write_atomic
 from tests.harness.command import rows
 from tests.harness.run_fixture import cell
+from tests.harness.somebody_else import somebody_else
 
 HASH = "0123456789abcdef"
 
@@ -274,12 +275,11 @@ def test_a_file_in_the_way_is_said_in_one_line(tmp_path):
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 def test_a_folder_that_is_not_ours_is_said_in_one_line():
     with tempfile.TemporaryDirectory() as name:
-        os.seteuid(65534)
-        try:
-            with pytest.raises(FolderError, match="cannot be written") as refused:
-                find_or_create(Path(name) / "runs", "sweep", HASH)
-        finally:
-            os.seteuid(0)
+        with (
+            somebody_else(),
+            pytest.raises(FolderError, match="cannot be written") as refused,
+        ):
+            find_or_create(Path(name) / "runs", "sweep", HASH)
         assert "Permission denied" in str(refused.value)
 
 

@@ -23,6 +23,7 @@ from tests.harness.command import (
     trial_process,
     until,
 )
+from tests.harness.somebody_else import somebody_else
 
 LOCKS = lock.LOCK_DIR
 
@@ -103,16 +104,6 @@ def test_a_lock_file_that_cannot_be_opened_is_said_in_one_line(tmp_path):
 
 
 @pytest.fixture
-def somebody_else():
-    """Become a user who owns nothing, for as long as the test takes."""
-    os.setegid(65534)
-    os.seteuid(65534)
-    yield
-    os.seteuid(0)
-    os.setegid(0)
-
-
-@pytest.fixture
 def open_folder(monkeypatch):
     """A folder like /tmp, with a lock file that root made."""
     with tempfile.TemporaryDirectory() as name:
@@ -125,9 +116,9 @@ def open_folder(monkeypatch):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_a_lock_file_that_is_not_ours_to_write_still_keeps_two_apart(open_folder, somebody_else):
+def test_a_lock_file_that_is_not_ours_to_write_still_keeps_two_apart(open_folder):
     held, again = device_lock(gpu("GPU-4")), device_lock(gpu("GPU-4"))
-    with held, pytest.raises(Busy, match="process 77"), again:
+    with somebody_else(), held, pytest.raises(Busy, match="process 77"), again:
         pass
     assert open_folder.read_text() == "77"
 
