@@ -115,7 +115,8 @@ def with_prediction(row: Row, cell: Cell) -> Row:
     """``row`` with its ``predicted_*`` columns.
 
     ``predicted_off_by`` names what is off (:mod:`harness.off_by`), and what of a trace or churn
-    formulas do not know; it is empty where the trial died and measured nothing.
+    formulas do not know; it is empty where a trial of ours died, and of an engine that crashed it
+    tells no more than the peak: what it held then, nobody knows.
     """
     made = predict_cell(cell)
     if cell.timing and made.outcome == "ok":
@@ -130,11 +131,12 @@ def with_prediction(row: Row, cell: Cell) -> Row:
     unknown = ""
     if cell.settings.accounts_only and made.started:
         row, made, unknown = _of_workload(row, cell, made)
-    if row["status"] not in ENDED or row.get("peak_device_bytes") is None:
+    ended, engine_died = row["status"] in ENDED, bool(row.get("engine_version"))
+    if row.get("peak_device_bytes") is None or not (ended or engine_died):
         return row
-    named = off_by(row, made)
+    named = off_by(row, made) if ended else []
     peak, foreseen = int(row["peak_device_bytes"]), row["predicted_peak_bytes"]
-    if row["status"] == "ok" and foreseen is not None and not named:
+    if foreseen is not None and not named:
         named = [f"peak {peak - foreseen:+d}"] if abs(peak - foreseen) > OFF_BY * peak else []
     return row | {"predicted_off_by": "; ".join([*named, unknown] if unknown else named) or None}
 

@@ -63,10 +63,10 @@ class Walk:
             self.free_bytes -= fitting * rounded
             self.held_bytes += fitting * rounded
             taken += fitting * nbytes
+            self.peak_bytes = max(self.peak_bytes, self.held_bytes + beside)
             if fitting < count:
                 self._end("oom", item, item.nbytes + transient_bytes, before, taken=taken)
         self.free_bytes += beside
-        self.peak_bytes = max(self.peak_bytes, self.held_bytes + beside)
         self.items.append(item)
 
     def refuse(self, item: PlanItem, requested: int, available: int, message: str) -> None:

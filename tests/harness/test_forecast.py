@@ -61,7 +61,7 @@ def ended_as_planned(cell):
     return as_planned(cell) | ended
 
 
-def test_of_a_start_that_is_refused_what_decides_is_named_and_no_small_item():
+def test_of_a_start_that_is_refused_what_decides_is_named_or_else_its_peak():
     cell = Cell(made("strategy=vllm"), 10_000_000, fill=0.0)
     row = ended_as_planned(cell)
     assert (row["status"], row["oom_allocation"]) == ("refused", "kv_pool")
@@ -70,7 +70,7 @@ def test_of_a_start_that_is_refused_what_decides_is_named_and_no_small_item():
     row["context_bytes"] -= little
     row["peak_device_bytes"] -= little
     row["oom_free_bytes"] += little
-    assert forecast.with_prediction(row, cell)["predicted_off_by"] is None
+    assert forecast.with_prediction(row, cell)["predicted_off_by"] == f"peak -{little}"
     row["oom_free_bytes"] -= little + asked // 20
     row["oom_requested_bytes"] += asked // 25
     named = forecast.with_prediction(row, cell)["predicted_off_by"]
