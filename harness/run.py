@@ -131,13 +131,22 @@ class Run:
         return [have[c.trial_id] for c in cells]
 
     def _brackets(self, settings: Settings) -> None:
-        """Start-up, admit and resident, both ends run ``bracket_repeats`` times."""
-        starts = self._bracket(settings, forecast.startup_guess(settings), started)
+        """Start-up, resident and admit, both ends run ``bracket_repeats`` times.
+
+        What is resident is asked of the largest context that starts. Where that does not start
+        after all, it was no end of the bracket, which then moves down.
+        """
+        guess = forecast.startup_guess(settings)
+        while True:
+            starts = self._bracket(settings, guess, started)
+            if starts.ok is None:
+                break
+            cells = [
+                _resident_cell(settings, starts.ok, n) for n in range(settings.bracket_repeats)
+            ]
+            if all(started(self.rows_of([cell])[0]) in ("ok", "") for cell in cells):
+                break
         self._bracket(settings, forecast.admit_guess(settings), admitted)
-        if starts.ok is None:
-            return
-        for repeat in range(settings.bracket_repeats):
-            self.rows_of([_resident_cell(settings, starts.ok, repeat)])
 
     def _engine_bracket(self, settings: Settings) -> Bracket:
         """Start-up of the engine itself: 1 % below and above the planner's, wider if it is wrong.
@@ -159,7 +168,11 @@ class Run:
         """Close one bracket; rows of other brackets and of an earlier attempt are used again."""
 
         def test(tokens: int, repeat: int) -> str:
-            return verdict(self.rows_of([_bracket_cell(settings, tokens, repeat)])[0])
+            answer = verdict(self.rows_of([_bracket_cell(settings, tokens, repeat)])[0])
+            held = [_resident_cell(settings, tokens, n).trial_id for n in range(repeats)]
+            others = [verdict(r) for r in per_trial(self.folder.rows) if r["trial_id"] in held]
+            refused = [other for other in others if other not in ("ok", "")]
+            return refused[0] if answer == "ok" and refused else answer
 
         repeats, chunk = settings.bracket_repeats, _chunk_tokens(settings)
         return confirm_bracket(test, repeats, guess, chunk, 1, settings.context_tokens)

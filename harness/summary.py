@@ -142,7 +142,9 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     answer's upper end; when a trial died on the way further, what ends it is unknown.
     """
     asked = [r for r in rows if asked_to_fill(r)]
-    full = [r for r in asked if filled(r)]
+    # A context that started in one trial and not in another is no end of what was held in it.
+    never = startup["not_ok"] or float("inf")
+    full = [r for r in asked if filled(r) and int(r["context_tokens"]) < never]
     if not full:
         return {"ok": None, "not_ok": None, "limited_by": ""}
     ok = max(held_tokens(r) for r in full)
@@ -150,7 +152,6 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     if refused:
         best = max(refused, key=held_tokens)
         return {"ok": ok, "not_ok": ok + one_more(best), "limited_by": best["status"]}
-    # A context that started in one trial and not in another is no end of what was held in it.
     if startup["not_ok"] is not None and startup["not_ok"] > ok:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
     died = [r for r in asked if not started(r)]

@@ -57,6 +57,34 @@ def test_a_bracket_run_twice_has_the_same_ends(tmp_path, monkeypatch, strategy, 
         assert width <= run._chunk_tokens(own) == 2816
 
 
+def test_what_does_not_start_when_it_is_filled_is_no_end_of_a_bracket(tmp_path, monkeypatch):
+    """A driver may grant the last MiB to the bracket's trials and refuse them to the next."""
+    held = []
+
+    def refused_at_first(job, scratch, on_record, spares):
+        outcome = in_this_process(job, scratch, on_record, spares)
+        if job.cells[0].purpose == "resident":
+            held.append(job.cells[0].context_tokens)
+            if len(held) == 2:
+                outcome.rows[0] |= {
+                    "status": "oom",
+                    "oom_phase": "workspace",
+                    "resident_tokens": None,
+                }
+        return outcome
+
+    monkeypatch.setattr(run, "run_job", in_this_process)
+    own = made(*WORDS, "strategy=static")
+    usual = ends(tmp_path / "usual", own)
+    monkeypatch.setattr(run, "run_job", refused_at_first)
+    found = ends(tmp_path / "fickle", own)
+    fickle, below = usual["startup"]["ok"], found["startup"]["ok"]
+    assert held == [fickle, fickle, below, below]
+    assert found["startup"] == found["admit"]
+    assert (found["startup"]["not_ok"], found["resident"]["ok"]) == (fickle, below)
+    assert 0 < fickle - below <= run._chunk_tokens(own)
+
+
 REFERENCE = ROOT / "results/reference"
 
 
