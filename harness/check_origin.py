@@ -15,6 +15,7 @@ from harness.sources import arms_of
 RUN_ID = re.compile(r"\d{8}-\d{6}-(?P<hash>[0-9a-f]{6})(-\d+)?")
 # Ends of a process that could not say any more which GPU it had.
 DIED = ("crash", "timeout", "oom_host")
+PAIR = ["pair_id", "strategy", "strategy_options"]  # an engine's start and its emulation have alike
 
 
 def tree(run: Run) -> Result:
@@ -43,7 +44,9 @@ def identity(run: Run) -> Result:
 def one_gpu(run: Run) -> Result:
     """Check that each rank's trials, of all attempts of a run, ran on one GPU, and name it.
 
-    Jobs of a cluster's sweep have a GPU each: there it is asked of each arm.
+    Jobs of a cluster's sweep have a GPU each: there it is asked of each arm. Starts of engines take
+    a minute each, and what is compared is an engine and its emulation: there it is asked of each
+    such pair, so that a run may be taken up on another machine.
     """
     measured = run.rows[run.rows["basis"] == "measured"]
     own = measured[measured["run_id"] == run.run_id]
@@ -52,7 +55,11 @@ def one_gpu(run: Run) -> Result:
     if own.empty:
         why = "rows of earlier runs" if len(measured) else "no row was measured on a GPU"
         return not_applicable(why)
-    parts = arms_of(own).values() if dicts(run.manifest, "jobs") else [own]
+    parts: list[pd.DataFrame] = [own]
+    if dicts(run.manifest, "jobs"):
+        parts = list(arms_of(own).values())
+    elif (own["engine_version"] != "").any():
+        parts = [pair for _, pair in own.groupby(PAIR, dropna=False)]
     every: set[str] = set()
     for part in parts:
         for rank, rows in part.groupby("rank", dropna=False):

@@ -257,6 +257,21 @@ def test_ranks_have_a_gpu_each_and_jobs_of_a_cluster_too(tmp_path):
     assert one_gpu(tmp_path / "jobs", arms, jobs=jobs, attempts=[{}]).outcome == "pass"
 
 
+def test_an_engine_and_its_emulation_have_one_gpu_and_the_next_pair_may_have_another(tmp_path):
+    """Starts take a minute each: a run of them may be taken up on another machine."""
+    emulated = [r for r in sweep(1) if r["strategy"] == "static"][:2]
+    real = [r | {"engine_version": "0.1", "trial_id": f"e{n}"} for n, r in enumerate(emulated)]
+    for n, own in enumerate(zip(emulated, real, strict=True)):
+        for row in own:
+            row.update(pair_id=f"pair{n}", gpu_uuid=f"GPU-{n}")
+    began = {"attempts": [{"gpu_uuids": [f"GPU-{n}"]} for n in range(2)]}
+    assert len(emulated) == 2
+    found = one_gpu(tmp_path / "two", [*emulated, *real], **began)
+    assert (found.outcome, found.reason) == ("pass", "2 attempts, GPU-0, GPU-1")
+    real[0]["gpu_uuid"] = "GPU-1"
+    assert one_gpu(tmp_path / "apart", [*emulated, *real], **began).outcome == "fail"
+
+
 def test_rows_of_earlier_runs_are_their_own_folders_to_judge(tmp_path):
     rows = [r | {"run_id": "20261123-000000-fedcba", "gpu_uuid": "GPU-9"} for r in sweep(1)]
     found = one_gpu(tmp_path / "run", rows)
