@@ -68,6 +68,7 @@ class Launch:
     notes: list[str] = field(default_factory=list)
     longer_allowed: bool = False  # the environment lets a context pass that the config does not
     changes_config: bool = False
+    unread: list[str] = field(default_factory=list)  # flags that no formula here knows
 
     @property
     def longer_variable(self) -> str:
@@ -103,6 +104,9 @@ def parse_command(text: str) -> Launch:
     )
     for key, value in _pairs(rest, launch):
         apply_flag(launch, key, value)
+    if launch.unread:
+        names = ", ".join(dict.fromkeys(launch.unread))
+        launch.notes.append(f"not read, as if no memory hung on it: {names}")
     return launch
 
 
@@ -145,7 +149,7 @@ def _is_number(word: str) -> bool:
 
 
 def apply_flag(launch: Launch, key: str, value: object) -> None:
-    """Take one flag; flags that do not move memory are left out."""
+    """Take one flag; one that no formula here knows is only remembered."""
     key = key.replace("-", "_")
     if key.startswith(_CHANGE_CONFIG):
         launch.changes_config = True
@@ -165,6 +169,8 @@ def apply_flag(launch: Launch, key: str, value: object) -> None:
         made = _value(key, value, _FLAGS[launch.engine][key])
         if made is not None:
             launch.flags[key] = made
+    elif key not in _OTHER_RANKS and not key.startswith(_CHANGE_CONFIG):
+        launch.unread.append(key)
 
 
 def _apply_kv_dtype(launch: Launch, value: str) -> None:

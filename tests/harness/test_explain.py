@@ -242,6 +242,13 @@ def test_a_missing_flag_is_needed(capsys, config_file):
     assert "--config is needed: " in refused(capsys, "--command", "vllm serve m", "--gpu", "h200")
 
 
+def test_flags_that_are_not_read_are_named():
+    made = parse_command("vllm serve m --port 80 --enable-lora --max-num-seqs 4 --port=81")
+    assert made.flags == {"max_num_seqs": 4}
+    assert made.notes == ["not read, as if no memory hung on it: port, enable_lora"]
+    assert parse_command("sglang serve --model-path m --tp 2").notes == []
+
+
 def test_what_is_not_modelled_is_said(capsys, config_file):
     made = parse_command("vllm serve m --kv-cache-dtype fp4_e2m1 -dp 2")
     assert made.notes[0].startswith("kv_cache_dtype=fp4_e2m1 is not modelled")
