@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from harness import check_numbers, check_origin, check_rules
+from harness import check_brackets, check_numbers, check_origin, check_rules
 from harness.arguments import OneLineParser
 from harness.check_rules import Result
 from harness.closed_pipe import ends_quietly
@@ -19,7 +19,7 @@ CHECKS: dict[str, Callable[[Run], Result]] = {
     "reconciliation": check_rules.reconciliation,
     "throttling": check_rules.throttling,
     "repeatability": check_numbers.repeatability,
-    "brackets": check_numbers.brackets,
+    "brackets": check_brackets.brackets,
     "samples": check_numbers.samples,
     "tree": check_origin.tree,
     "identity": check_origin.identity,

@@ -39,6 +39,30 @@ def bracket_once(rows, summary, manifest):
     del rows[-1]
 
 
+def resident_once(rows, summary, manifest):
+    rows.remove(next(r for r in rows if r["purpose"] == "resident"))
+
+
+def never_filled(rows, summary, manifest):
+    rows[:] = [r for r in rows if r["purpose"] != "resident"]
+
+
+def held_less_the_second_time(rows, summary, manifest):
+    last = [r for r in rows if r["purpose"] == "resident"][-1]
+    last["resident_tokens"] -= 6_000
+
+
+def filled_where_it_does_not_start_each_time(rows, summary, manifest):
+    """It was filled twice at the upper end, of which another trial says that it does not start."""
+    summary["strategies"]["static"]["startup"]["not_ok"] = 5_802_817
+    summary["strategies"]["static"]["resident"] = {"ok": 5_802_816, "not_ok": 5_802_817}
+    for row in list(rows):
+        if row["purpose"] == "resident":
+            row |= {"context_tokens": 5_802_816, "resident_tokens": 5_802_816}
+        elif row["purpose"] == "bracket" and row["status"] == "oom":
+            rows.append(row | {"context_tokens": 5_802_817, "trial_id": f"{row['trial_id']}b"})
+
+
 def wide_bracket(rows, summary, manifest):
     for row in rows[-4:]:
         if row["context_tokens"] == 5_802_816:
@@ -138,6 +162,10 @@ FAULTS = {
     unrepeatable: "repeatability",
     unrepeatable_memory: "repeatability",
     bracket_once: "brackets",
+    resident_once: "brackets",
+    never_filled: "brackets",
+    held_less_the_second_time: "brackets",
+    filled_where_it_does_not_start_each_time: "brackets",
     wide_bracket: "brackets",
     bracket_both_ways: "brackets",
     dirty: "tree",
