@@ -20,12 +20,12 @@ from typing import Any
 
 import pandas as pd
 
-from harness import check, tables
+from harness import check, check_brackets, tables
 from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.section import engines
 from harness.page_example import explained
-from harness.page_points import POINTS, points
+from harness.page_points import NOT_CLOSED, points
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -43,6 +43,7 @@ def sweeps(runs: list[Run], folders: list[str]) -> str:
     """
     lines = []
     for run, folder in zip(runs, folders, strict=True):
+        faults = check_brackets.found_of(run)
         for name, one in tables.strategies(run.summary):
             own = trials(run.rows)
             own = own[own["strategy"] == name.split(",")[0]]
@@ -52,7 +53,10 @@ def sweeps(runs: list[Run], folders: list[str]) -> str:
                     Path(folder).name,
                     name,
                     figure_of((own["kv_bytes_per_token"] * scale(own)).iloc[0] / 1024, 3),
-                    *(_bracket(one, point) for point in POINTS),
+                    *(
+                        NOT_CLOSED if faults.get((name, point)) else _bracket(one, point)
+                        for point in check_brackets.POINTS
+                    ),
                     f"{(own['peak_device_bytes'] * scale(own)).max() / GIB:.2f}",
                     *((EMPTY,) * 4 if is_scale_model(own) else _speeds(timed)),
                 )
