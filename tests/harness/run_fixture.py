@@ -222,7 +222,7 @@ def events(row: dict[str, Any]) -> list[dict[str, Any]]:
             "phase": phase,
             "allocation": {"pool": "kv_pool", "fill": "kv_pages"}.get(phase, phase),
             "event_bytes": nbytes,
-            "ledger_bytes": held,
+            "ledger_bytes": held - (row["unexplained_bytes"] or 0),
             "device_used_bytes": held,
         }
         out.append(event)

@@ -11,7 +11,7 @@ from harness import report
 from harness.check import check_run, main
 from harness.columns import ordered
 from harness.runs import load_run
-from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, sweep, write_run
+from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, cell, sweep, write_run
 
 
 def first_ok(rows):
@@ -24,6 +24,28 @@ def unexplained(rows, summary, manifest):
 
 def no_reconciliation(rows, summary, manifest):
     first_ok(rows)["unexplained_bytes"] = None
+
+
+def first_oom(rows):
+    return next(r for r in rows if r["status"] == "oom")
+
+
+def unexplained_where_memory_ended(rows, summary, manifest):
+    first_oom(rows)["unexplained_bytes"] = 10 << 30
+
+
+def no_reconciliation_where_memory_ended(rows, summary, manifest):
+    first_oom(rows)["unexplained_bytes"] = None
+
+
+def ledger_above_the_meter(rows, summary, manifest):
+    row = first_oom(rows)
+    row["peak_ledger_bytes"] = row["peak_device_bytes"] + (10 << 30)
+
+
+def more_free_than_there_is(rows, summary, manifest):
+    row = first_oom(rows)
+    row["oom_free_bytes"] = row["capacity_bytes"] + (10 << 30)
 
 
 def unrepeatable(rows, summary, manifest):
@@ -157,36 +179,40 @@ def twice_the_same_trial(rows, summary, manifest):
 
 
 FAULTS = {
-    unexplained: "reconciliation",
-    no_reconciliation: "reconciliation",
-    unrepeatable: "repeatability",
-    unrepeatable_memory: "repeatability",
-    bracket_once: "brackets",
-    resident_once: "brackets",
-    never_filled: "brackets",
-    held_less_the_second_time: "brackets",
-    filled_where_it_does_not_start_each_time: "brackets",
-    wide_bracket: "brackets",
-    bracket_both_ways: "brackets",
-    dirty: "tree",
-    speed_in_a_failed_row: "speeds",
-    ungated: "gate",
-    gate_beyond_its_limit: "gate",
-    lse_beyond_its_limit: "gate",
-    merged_gate_beyond_its_limit: "gate",
-    another_configuration: "identity",
-    renamed: "identity",
-    resumed_on_another_gpu: "one gpu",
-    attempt_without_a_gpu: "one gpu",
-    row_of_another_gpu: "one gpu",
-    row_without_a_gpu: "one gpu",
-    unplanned: "planner",
-    another_end: "planner",
-    hot: "throttling",
-    unfinished: "finished",
-    crashed: "statuses",
-    unknown_status: "schema",
-    twice_the_same_trial: "schema",
+    unexplained: {"reconciliation"},
+    no_reconciliation: {"reconciliation"},
+    unexplained_where_memory_ended: {"reconciliation"},
+    no_reconciliation_where_memory_ended: {"reconciliation"},
+    ledger_above_the_meter: {"reconciliation", "events"},
+    more_free_than_there_is: {"reconciliation"},
+    unrepeatable: {"repeatability"},
+    unrepeatable_memory: {"repeatability", "events"},
+    bracket_once: {"brackets"},
+    resident_once: {"brackets"},
+    never_filled: {"brackets"},
+    held_less_the_second_time: {"brackets"},
+    filled_where_it_does_not_start_each_time: {"brackets"},
+    wide_bracket: {"brackets"},
+    bracket_both_ways: {"brackets"},
+    dirty: {"tree"},
+    speed_in_a_failed_row: {"speeds"},
+    ungated: {"gate"},
+    gate_beyond_its_limit: {"gate"},
+    lse_beyond_its_limit: {"gate"},
+    merged_gate_beyond_its_limit: {"gate"},
+    another_configuration: {"identity"},
+    renamed: {"identity"},
+    resumed_on_another_gpu: {"one gpu"},
+    attempt_without_a_gpu: {"one gpu"},
+    row_of_another_gpu: {"one gpu"},
+    row_without_a_gpu: {"one gpu"},
+    unplanned: {"planner"},
+    another_end: {"planner"},
+    hot: {"throttling"},
+    unfinished: {"finished"},
+    crashed: {"statuses"},
+    unknown_status: {"schema"},
+    twice_the_same_trial: {"schema"},
 }
 
 
@@ -202,11 +228,11 @@ def test_a_sound_folder_passes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_each_fault_fails_its_check_alone(tmp_path, fault):
+def test_each_fault_fails_its_checks_and_no_other(tmp_path, fault):
     rows, summary, manifest = sweep() + bracket(), copy.deepcopy(SUMMARY), dict(MANIFEST)
     fault(rows, summary, manifest)
     folder = write_run(tmp_path / "run", rows, summary, **manifest)
-    assert failures(folder) == {FAULTS[fault]}
+    assert failures(folder) == FAULTS[fault]
 
 
 def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
@@ -268,7 +294,7 @@ def test_rows_without_a_chunk_repeat_within_their_tolerance(tmp_path):
     rows = [r | {"chunk_bytes": None} for r in sweep() + bracket()]
     assert failures(write_run(tmp_path / "run", rows)) == set()
     unrepeatable_memory(rows, {}, {})
-    assert failures(write_run(tmp_path / "other", rows)) == {"repeatability"}
+    assert failures(write_run(tmp_path / "other", rows)) == {"repeatability", "events"}
 
 
 def test_ranks_have_a_gpu_each_and_jobs_of_a_cluster_too(tmp_path):
@@ -358,6 +384,46 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_read(
     assert first.name in said.out
     assert said.err.count("\n") == 1 and "kernels" in said.err and "holds trials.csv" in said.err
     assert command([str(tmp_path / "kernels")]) == 2
+
+
+@pytest.mark.parametrize("status", ["ok", "oom"])
+@pytest.mark.parametrize("column", ["peak_device_bytes", "unexplained_bytes"])
+def test_a_figure_that_no_event_of_the_ledger_has_fails(tmp_path, status, column):
+    folder = write_run(tmp_path / "run")
+    rows = sweep() + bracket()
+    row = next(r for r in rows if r["status"] == status)
+    row[column] += 1 << 20  # within every tolerance
+    timeline = (folder / "timeline.csv").read_text()
+    other = write_run(tmp_path / "other", rows)
+    (other / "timeline.csv").write_text(timeline)
+    assert failures(other) == {"events"}
+
+
+def test_a_row_whose_events_are_gone_fails(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "timeline.csv"
+    gone = (sweep() + bracket())[-1]["trial_id"]
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if f",{gone}," not in line]
+    assert len(kept) < len(lines)
+    path.write_text("\n".join(kept) + "\n")
+    assert failures(folder) == {"events"}
+    path.write_text(lines[0] + "\n")
+    assert failures(folder) == {"events"}
+
+
+def test_later_rows_of_a_process_hold_what_its_earlier_ones_did(tmp_path):
+    """Static commits at start-up: the row of a further fill adds no event of its own."""
+    rows = [cell("static", 1_000_000, fill) for fill in (0.1, 1.0)]
+    folder = write_run(tmp_path / "run", rows, {})
+    path = folder / "timeline.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(x for x in lines if f",{rows[1]['trial_id']}," not in x) + "\n")
+    assert check_run(load_run(folder))["events"].outcome == "pass"
+    rows[1]["peak_device_bytes"] += 1
+    other = write_run(tmp_path / "other", rows, {})
+    (other / "timeline.csv").write_text(path.read_text())
+    assert check_run(load_run(other))["events"].outcome == "fail"
 
 
 def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):
