@@ -267,6 +267,21 @@ def test_an_item_that_is_named_excuses_the_planner(tmp_path):
     assert failures(write_run(tmp_path / "run", rows)) == set()
 
 
+@pytest.mark.parametrize("status", ["oom", "refused", "crash"])
+def test_what_was_held_where_a_trial_failed_as_foreseen_is_held_to_the_plan(tmp_path, status):
+    rows = sweep() + bracket()
+    row = first_oom(rows)
+    row |= {"status": status, "predicted_status": status}
+    row["predicted_peak_bytes"] = row["peak_device_bytes"] * 1.005
+    folder = write_run(tmp_path / "near", rows)
+    assert "1 of trials that failed as foreseen" in check_run(load_run(folder))["planner"].reason
+    assert failures(folder) == set()
+    row["predicted_peak_bytes"] = row["peak_device_bytes"] * 1.02
+    assert failures(write_run(tmp_path / "far", rows)) == {"planner"}
+    row["predicted_off_by"] = "peak -1"
+    assert failures(write_run(tmp_path / "named", rows)) == set()
+
+
 def test_the_scale_models_speeds_are_not_judged(tmp_path):
     rows = sweep(scale=192)
     first_ok(rows)["attention_decode_step_ms"] *= 3
