@@ -44,6 +44,27 @@ def test_a_section_follows_its_rows(tmp_path: Path):
     assert renewed(page) == text
 
 
+def test_engines_own_rows_stand_behind_a_slash_in_the_table_of_trust(tmp_path: Path):
+    run = ROOT / "results/reference/h200_real_engines"
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- rows: trust {run} -->\n<!-- rows: end -->\n")
+    line = next(x for x in renewed(page).splitlines() if "h200\\_real" in x).split(" | ")
+    rows = pd.read_csv(run / "trials.csv")
+    engine = rows["engine_version"].notna()
+    for cell, figure in (
+        (line[4], rows["unexplained_bytes"].abs() / (1 << 20)),
+        (line[8], _off_percent(rows[rows["status"] != "ok"])),
+        (line[7], _off_percent(rows[rows["status"] == "ok"])),
+    ):
+        ours, theirs = (figure[which[figure.index]].max() for which in (~engine, engine))
+        assert cell == f"{ours:.2f} / {theirs:.2f}"
+
+
+def _off_percent(rows: pd.DataFrame) -> pd.Series:
+    rows = rows[rows["status"] == rows["predicted_status"]]
+    return (rows["peak_device_bytes"] / rows["predicted_peak_bytes"] - 1).abs() * 100
+
+
 def test_an_unknown_section_and_a_missing_run_are_one_line(tmp_path: Path, capsys):
     page = tmp_path / "page.md"
     for words in ("prices x", "sweeps nowhere"):
