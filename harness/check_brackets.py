@@ -63,7 +63,8 @@ def _found(run: Run, sources: Sources) -> dict[tuple[str, str], list[str]]:
             width = max(chunk if chunk > 0 else 0, allowed * ok) + 1
             if point == "resident":
                 never = lookup(one, "startup", "not_ok")
-                faults = _held(sources, name, ok, width, never or float("inf"))
+                known = isinstance(never, (int, float))
+                faults = _held(sources, name, ok, width, never if known else float("inf"))
             else:
                 faults = _asked(sources, name, point, (ok, bad), own, 1 if once else 2)
             if bad - ok > width:
@@ -99,13 +100,13 @@ def _held(sources: Sources, name: str, ok: float, width: float, never_tokens: fl
     tried = [
         row
         for row in sources.arms.get(name, [])
-        if row["purpose"] == "resident" and int(row["context_tokens"]) < never_tokens
+        if row["purpose"] == "resident" and (row["context_tokens"] or 0) < never_tokens
     ]
     held = [held_tokens(row) for row in tried if filled(row)]
     if len(held) < 2:
         return [f"{tokens(ok)} ran {len(held)} times"]
     faults = [f"{tokens(n)} in one trial, {tokens(ok)} in another" for n in held if ok - n > width]
-    for context in sorted({int(row["context_tokens"]) for row in tried}):
+    for context in sorted({row["context_tokens"] or 0 for row in tried}):
         if sources.end(name, "startup", context, False):
             faults.append(f"{tokens(context)}, where it was filled, did not start each time")
     return faults

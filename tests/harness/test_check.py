@@ -267,6 +267,16 @@ def test_an_item_that_is_named_excuses_the_planner(tmp_path):
     assert failures(write_run(tmp_path / "run", rows)) == set()
 
 
+def test_a_strangers_folder_that_lacks_figures_is_judged_all_the_same(tmp_path):
+    rows, summary = sweep() + bracket(), copy.deepcopy(SUMMARY)
+    summary["strategies"]["static"]["startup"]["not_ok"] = "none"
+    for row in rows:
+        row["context_tokens"] = None if row["purpose"] == "resident" else row["context_tokens"]
+    folder = write_run(tmp_path / "run", rows, summary)
+    (folder / "timeline.csv").write_text("trial_id,phase\nx,context\n")
+    assert {"events", "schema"} <= failures(folder)
+
+
 @pytest.mark.parametrize("status", ["oom", "refused", "crash"])
 def test_what_was_held_where_a_trial_failed_as_foreseen_is_held_to_the_plan(tmp_path, status):
     rows = sweep() + bracket()
