@@ -62,7 +62,7 @@ def reserve_formula(evidence: Evidence) -> Verdict:
         verdict,
         f"the term 1.5 x chunked_prefill stands in {', '.join(with_term) or 'no version'}, beside "
         f"further terms; at chunked_prefill {CHUNK_TOKENS} and graph_bs {GRAPH_ROWS} the formula "
-        f"gives {FORMULA_MIB:,.0f} MiB, the versions reserve "
+        f"gives {FORMULA_MIB:,.0f} MiB, each of 8 ranks reserves "
         + ", ".join(f"{r:,.0f} ({v})" for v, r in reserves.items()),
         measured=round(reserves[VERSIONS[-1]]),
         basis="source, SGLang " + ", ".join(reserves),
