@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +23,16 @@ from harness.cell import cell_from_json
 from harness.folder import Outcome
 from harness.hardware import Hardware, seen_gpu
 from harness.launch import Job
-from harness.lock import Busy, device_lock
+from harness.lock import device_lock
 from harness.ranks import Launched, Place, launched
 from harness.ranks_launch import Handle, LocalRank, Record, run_ranks, start_here
+from harness.ranks_meeting import RENDEZVOUS, long_wait_is_said, meet
 from harness.ranks_peers import Beat, Peers
 from harness.ranks_pulse import Pulse
 from harness.rows import Row
 from harness.settings import Settings
 
 RELAY_SECONDS = 0.05
-RENDEZVOUS = timedelta(seconds=300)
 END_SECONDS = 30.0
 LOST = 1  # exit status of a rank whose harness is gone
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -43,20 +42,15 @@ class World:
     """The processes that a launcher started, and the store through which they talk."""
 
     def __init__(self, here: Launched) -> None:
-        from torch.distributed import DistError, rendezvous
-
         self.here = here
         self.local: LocalRank | None = None
         self.beat: Beat | None = None
-        # As torch finds each other's processes: MASTER_ADDR, MASTER_PORT, or torchrun's own store.
-        try:
-            self.store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS))
-        except DistError as error:
-            raise Busy(f"rank {here.rank} finds no other: {error}") from None
-        if here.rank:
-            self.beat = Beat(self.store, here.rank, self._pulse)
-        else:
-            self.peers = Peers(self.store, range(1, here.world_size), RENDEZVOUS)
+        with long_wait_is_said(here):
+            self.store = meet(here)
+            if here.rank:
+                self.beat = Beat(self.store, here.rank, self._pulse)
+            else:
+                self.peers = Peers(self.store, range(1, here.world_size), RENDEZVOUS)
         self._jobs = [0] * here.world_size
 
     def _pulse(self) -> Pulse | None:
