@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
@@ -30,6 +28,7 @@ from harness.ranks_meeting import RENDEZVOUS, long_wait_is_said, meet
 from harness.ranks_peers import Beat, Peers
 from harness.ranks_pulse import Pulse
 from harness.rows import Row
+from harness.scratch import scratch_folder
 from harness.settings import Settings
 
 RELAY_SECONDS = 0.05
@@ -162,26 +161,24 @@ def follow(world: World) -> int:
     """Start and relay this process's ranks until rank 0 ends the run; its exit status."""
     from torch.distributed import DistError
 
-    rank = world.here.rank
-    scratch = Path(tempfile.mkdtemp(prefix="kv-alloc-bench-"))
+    rank, number = world.here.rank, 0
     try:
-        number = 0
-        while True:
-            start = world.hear(f"start/{rank}/{number}")
-            if start is None:
-                time.sleep(RELAY_SECONDS)
-            elif "end" in start:
-                return int(start["end"])
-            else:
-                _relay(world, start, f"{rank}/{number}", scratch)
-                number += 1
+        with scratch_folder() as scratch:
+            while True:
+                start = world.hear(f"start/{rank}/{number}")
+                if start is None:
+                    time.sleep(RELAY_SECONDS)
+                elif "end" in start:
+                    return int(start["end"])
+                else:
+                    _relay(world, start, f"{rank}/{number}", scratch)
+                    number += 1
     except DistError:
         print(f"harness: rank {rank} ends: rank 0 and its store are gone", file=sys.stderr)
         return 1
     finally:
         with contextlib.suppress(DistError):
             world.tell(f"ended/{rank}", {})  # after Ctrl-C too, or rank 0 would wait for us
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _relay(world: World, start: Record, name: str, scratch: Path) -> None:
