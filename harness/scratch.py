@@ -37,9 +37,9 @@ def _remove_left_behind(parent: Path) -> None:
     """Remove this user's folders whose owners are dead; others are left as they are."""
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            if folder.stat().st_uid != os.getuid():
                 continue
             number = os.open(folder / OWNED, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
             with open(number, "rb") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(folder, ignore_errors=True)  # which follows no link
