@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from harness import check_numbers, check_origin, check_rules
+from harness import check_brackets, check_memory, check_numbers, check_origin, check_rules
 from harness.arguments import OneLineParser
 from harness.check_rules import Result
 from harness.closed_pipe import ends_quietly
@@ -16,10 +16,11 @@ CHECKS: dict[str, Callable[[Run], Result]] = {
     "schema": check_rules.schema,
     "finished": check_rules.finished,
     "statuses": check_rules.statuses,
-    "reconciliation": check_rules.reconciliation,
+    "reconciliation": check_memory.reconciliation,
+    "events": check_memory.events,
     "throttling": check_rules.throttling,
     "repeatability": check_numbers.repeatability,
-    "brackets": check_numbers.brackets,
+    "brackets": check_brackets.brackets,
     "samples": check_numbers.samples,
     "tree": check_origin.tree,
     "identity": check_origin.identity,

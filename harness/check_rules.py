@@ -11,7 +11,6 @@ from harness.columns import BASES, COLUMNS, PERFORMANCE, STATUSES
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS
 from harness.rows import own_crash
 from harness.runs import Run, dicts, lookup
-from harness.sizes import MIB
 from harness.sources import arms_of
 
 UNCLEAN = ("oom_host", "invalid", "timeout", "crash")
@@ -116,24 +115,6 @@ def statuses(run: Run) -> Result:
         kinds = ", ".join(f"{n} {s}" for s, n in bad["status"].value_counts().items())
         return failed(f"{kinds}: {named(bad)}")
     return passed(", ".join(f"{n} {s}" for s, n in run.rows["status"].value_counts().items()))
-
-
-def reconciliation(run: Run) -> Result:
-    """Check that ledger, torch and the device's meter agree in every row that is ok."""
-    ours = run.rows["engine_version"] == ""  # an engine itself keeps no ledger
-    rows = run.rows[(run.rows["status"] == "ok") & (run.rows["basis"] != "planned") & ours]
-    if rows.empty:
-        return not_applicable("no measured row that is ok")
-    floor = rows["scale"].gt(1).map({True: MIB, False: 64 * MIB})
-    tolerance = rows["tolerance_bytes"].fillna(
-        pd.concat([floor, rows["chunk_bytes"].fillna(0)], axis=1).max(axis=1)
-    )
-    off = rows["unexplained_bytes"].abs()
-    bad = rows[off.isna() | (off > tolerance)]
-    if not bad.empty:
-        return failed(f"{len(bad)} of {len(rows)} rows beyond tolerance: {named(bad)}")
-    worst = (off / tolerance).max()
-    return passed(f"{len(rows)} rows, at most {100 * worst:.0f} % of the tolerance unexplained")
 
 
 def throttling(run: Run) -> Result:

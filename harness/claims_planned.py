@@ -81,7 +81,7 @@ def _reserved_mib(version: str, chunk: int, graph_bs: int) -> float:
 def weight_offload(evidence: Evidence) -> Verdict:
     """C15: tokens that a static pool gains when no weights are on the device; its price in time.
 
-    Measured where both ends of both brackets were, else planned.
+    Measured where a run closed both brackets, and the planner's figure beside it; else planned.
     """
     static = [
         r
@@ -89,29 +89,46 @@ def weight_offload(evidence: Evidence) -> Verdict:
         if r["strategy"] == "static" and r["model"] == "report" and whole_context(r)
         and r["basis"] == "measured"
     ]  # fmt: skip
-    away = [r for r in static if r.get("read_weights") == "offload"]
-    here, largest = _bracketed([r for r in static if r not in away]), _bracketed(away)
-    rows, basis = (*here, *largest), ""
-    if here and largest:
-        tokens, most = here[0]["context_tokens"], largest[0]["context_tokens"]
-    else:
-        rows, basis = (), "planned"
-        tokens, most = _planned_without_weights()
-    gained, enough = most - tokens, most >= MILLIONS_10
+    here, away = _planned_ends()
+    planned, basis = away - here, "planned"
+    if rows := _both_brackets(static):
+        basis = ""
+        here, away = _context(rows[0]), _context(rows[2])
+    gained, enough = away - here, away >= MILLIONS_10
+    beside = f" ({planned:,} planned)" if rows else ", planned,"
     price, timed = _offload_price(evidence)
     return Verdict(
         SUPPORTED if enough else CONDITIONAL if gained > 0 else REFUTED,
-        f"it frees {_report().model.weights_bytes / 2**30:.0f} GiB of weights, {gained:,} tokens "
-        f"on top of {tokens:,}: 10M {'then starts' if enough else 'still does not start'}; {price}",
+        f"streamed from the host, {_report().model.weights_bytes / 2**30:.0f} GiB of weights leave "
+        f"room for {gained:,} tokens{beside} on top of {here:,}: 10M "
+        f"{'then starts' if enough else 'still does not start'}; {price}",
         (*rows, *timed),
         gained,
         basis,
     )
 
 
+def _both_brackets(rows: list[Row]) -> tuple[Row, ...]:
+    """Ends of start-up with the weights on the device, then with them offloaded.
+
+    Of one run where it has both; what failed once there is not ok.
+    """
+    arms: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        key = (row.get("run_id"), row.get("arm"), row.get("read_weights"))
+        arms.setdefault(key, []).append(row)
+    closed = {key: ends for key, own in arms.items() if (ends := _bracketed(own))}
+    away = [key for key in closed if key[2] == "offload"]
+    here = [key for key in closed if key[2] != "offload"]
+    pairs = [(h, a) for a in away for h in here]
+    best = min(pairs, key=lambda pair: pair[0][0] != pair[1][0], default=None)
+    return (*closed[best[0]], *closed[best[1]]) if best else ()
+
+
 def _bracketed(rows: list[Row]) -> tuple[Row, ...]:
-    """The longest context that starts and the shortest that does not, where they are close."""
-    good = max((r for r in rows if starts(r)), key=_context, default=None)
+    """The longest context that starts each time and the shortest that does not, if close."""
+    failed = {_context(r) for r in rows if not starts(r)}
+    good = max((r for r in rows if _context(r) not in failed), key=_context, default=None)
     bad = min((r for r in rows if not starts(r)), key=_context, default=None)
     if good is None or bad is None or not 0 < _context(bad) / _context(good) - 1 < CLOSE:
         return ()
@@ -122,13 +139,13 @@ def _context(row: Row) -> int:
     return int(row["context_tokens"])
 
 
-def _planned_without_weights() -> tuple[int, int]:
-    """The longest contexts that static starts with, with weights on the device and without."""
+def _planned_ends() -> tuple[int, int]:
+    """The longest contexts that static starts with: weights on the device, and offloaded."""
     options = asdict(StaticConf())
     options.pop("name")
     settings = replace(_report(), strategy="static", options=options)
-    bare = replace(settings, model=replace(settings.model, weights_bytes=1))
-    return points(settings).startup.ok or 0, points(bare).startup.ok or 0
+    away = replace(settings, trial=replace(settings.trial, read_weights="offload"))
+    return points(settings).startup.ok or 0, points(away).startup.ok or 0
 
 
 def _offload_price(evidence: Evidence) -> tuple[str, tuple[Row, ...]]:

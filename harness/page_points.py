@@ -9,39 +9,45 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from harness import forecast, tables
+from harness import check_brackets, forecast, tables
+from harness.check_brackets import POINTS
 from harness.planner_engines import ENGINES
 from harness.planner_spec import OomPoint, OomPoints
 from harness.runs import Run, RunError, clean, lookup, read_text
 from harness.settings import Settings, from_json
 from harness.tabular import EMPTY, Table, known, tokens
 
-POINTS = ("startup", "admit", "resident")
+NOT_CLOSED = "not closed"
 
 
 def points(runs: list[Run], folders: list[str]) -> str:
     """A line a configuration whose brackets were closed: each point predicted and measured.
 
     A measured point is the largest that was ok. The difference is that of a prediction to the
-    nearer end of its bracket, none within it; the largest of the three.
+    nearer end of its bracket, none within it; the largest of the three. A point that
+    :mod:`harness.check` finds a fault with is none: the table says so, and a line below it why.
     """
-    lines = []
+    lines, notes = [], []
     for run, folder in zip(runs, folders, strict=True):
+        faults = check_brackets.found_of(run)
         for settings, planned, (name, one) in _planned(run):
-            line, off = [Path(folder).name, name], 0.0
+            line, offs, wrong = [Path(folder).name, name], [], []
             for point in POINTS:
                 expected: OomPoint = getattr(planned, point)
                 said = _over_all_ranks(settings, expected)
                 ok, not_ok = lookup(one, point, "ok"), lookup(one, point, "not_ok")
-                line += [_end(said, expected.not_ok), _end(ok, not_ok)]
-                off = max(off, off_percent(said, ok, not_ok))
-            lines.append((*line, f"{off:.2f}"))
+                found = faults.get((name, point), [])
+                wrong += [f"{point}: {fault}" for fault in found]
+                line += [_end(said, expected.not_ok), NOT_CLOSED if found else _end(ok, not_ok)]
+                offs += [] if found else [off_percent(said, ok, not_ok)]
+            notes += [f"{Path(folder).name}, {name}: {'; '.join(wrong)}."] if wrong else []
+            lines.append((*line, f"{max(offs):.2f}" if offs else EMPTY))
     heads = (
         f">{name}, {what}"
         for name in ("start-up", "admit", "resident")
         for what in ("planned", "measured")
     )
-    return Table("", ("run", "strategy", *heads, ">off, %"), tuple(lines)).markdown()
+    return Table("", ("run", "strategy", *heads, ">off, %"), tuple(lines), tuple(notes)).markdown()
 
 
 def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, Any]]]]:

@@ -20,12 +20,12 @@ from typing import Any
 
 import pandas as pd
 
-from harness import check, tables
+from harness import check, check_brackets, tables
 from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.section import engines
 from harness.page_example import explained
-from harness.page_points import POINTS, points
+from harness.page_points import NOT_CLOSED, points
 from harness.runs import Run, RunError, clean, dicts, load_run, lookup, trials, write_file
 from harness.series import is_scale_model, scale
 from harness.sizes import GIB, MIB
@@ -43,6 +43,7 @@ def sweeps(runs: list[Run], folders: list[str]) -> str:
     """
     lines = []
     for run, folder in zip(runs, folders, strict=True):
+        faults = check_brackets.found_of(run)
         for name, one in tables.strategies(run.summary):
             own = trials(run.rows)
             own = own[own["strategy"] == name.split(",")[0]]
@@ -52,7 +53,10 @@ def sweeps(runs: list[Run], folders: list[str]) -> str:
                     Path(folder).name,
                     name,
                     figure_of((own["kv_bytes_per_token"] * scale(own)).iloc[0] / 1024, 3),
-                    *(_bracket(one, point) for point in POINTS),
+                    *(
+                        NOT_CLOSED if faults.get((name, point)) else _bracket(one, point)
+                        for point in check_brackets.POINTS
+                    ),
                     f"{(own['peak_device_bytes'] * scale(own)).max() / GIB:.2f}",
                     *((EMPTY,) * 4 if is_scale_model(own) else _speeds(timed)),
                 )
@@ -101,14 +105,14 @@ def claims(runs: list[Run], folders: list[str]) -> str:
 
 
 def trust(runs: list[Run], folders: list[str]) -> str:
-    """A line a run: rows, gate errors, what was unexplained, off the plan, the check's word."""
+    """A line a run: rows, gate errors, what was unexplained, off the plan, the check's word.
+
+    Behind a slash is the figure of rows of engines themselves, which keep no ledger of ours.
+    """
     lines = []
     for run, folder in zip(runs, folders, strict=True):
         own = trials(run.rows)
-        # As harness.check counts them: an engine itself keeps no ledger.
-        ours = own[(own["engine_version"] == "") & (own["status"] == "ok")]
-        off = ours["unexplained_bytes"].abs().max() / MIB
-        allowed = ours["tolerance_bytes"].max() / MIB
+        allowed = own.loc[own["engine_version"] == "", "tolerance_bytes"].max() / MIB
         results = check.check_run(run)
         failed = [name for name, r in results.items() if r.outcome == "fail"]
         lines.append(
@@ -117,11 +121,11 @@ def trust(runs: list[Run], folders: list[str]) -> str:
                 f"{len(own)}",
                 f"{own['gate_error'].notna().sum()}",
                 figure_of(own["gate_error"].max(), 2),
-                f"{off:.2f}" if known(off) else EMPTY,
+                _ours_and_engines(own, _unexplained),
                 f"{allowed:.0f}" if known(allowed) else EMPTY,
                 _ended_as_planned(own),
-                _off_peak(own, ended=False),
-                _off_peak(own, ended=True),
+                _ours_and_engines(own, _off_peak),
+                _ours_and_engines(own, _off_where_it_ended),
                 "fails: " + ", ".join(failed) if failed else "passes",
             )
         )
@@ -131,6 +135,18 @@ def trust(runs: list[Run], folders: list[str]) -> str:
     return Table("", columns, tuple(lines)).markdown()
 
 
+def _ours_and_engines(own: pd.DataFrame, figure: Callable[[pd.DataFrame], float]) -> str:
+    """The figure of our trials; behind a slash, where there are any, that of engines' starts."""
+    engine = own["engine_version"] != ""
+    said = [f"{x:.2f}" if known(x) else EMPTY for x in (figure(own[~engine]), figure(own[engine]))]
+    return said[0] if said[1] == EMPTY else " / ".join(said)
+
+
+def _unexplained(own: pd.DataFrame) -> float:
+    """The largest, in MiB, however the trial ended."""
+    return float(own["unexplained_bytes"].abs().max()) / MIB
+
+
 def _ended_as_planned(own: pd.DataFrame) -> str:
     """Of the trials with a prediction, those that ended as it says: ok, oom, refused or crash."""
     planned = own[(own["predicted_status"] != "") & (own["basis"] != "planned")]
@@ -138,20 +154,20 @@ def _ended_as_planned(own: pd.DataFrame) -> str:
     return f"{as_said} of {len(planned)}" if len(planned) else EMPTY
 
 
-def _off_peak(own: pd.DataFrame, ended: bool) -> str:
-    """Largest deviation of what was held from what the planner said, in per cent.
+def _off_peak(own: pd.DataFrame) -> float:
+    """Largest deviation of the peak of trials that are ok, as foreseen, in per cent."""
+    return _off_percent(own[own["status"] == "ok"])
 
-    Of trials that ended as it said: of the peak of those that are ok, or, of those that ``ended``
-    for want of memory or by a rule, of what was held then. An engine itself is read at the end of
-    its phases, which says little of a phase in which it failed.
-    """
+
+def _off_where_it_ended(own: pd.DataFrame) -> float:
+    """Of what was held when a trial ended for want of memory, by a rule or a fault, as foreseen."""
+    return _off_percent(own[own["status"] != "ok"])
+
+
+def _off_percent(own: pd.DataFrame) -> float:
     both = own[own["peak_device_bytes"].notna() & (own["basis"] != "planned")]
     both = both[(both["status"] == both["predicted_status"]) & (both["predicted_peak_bytes"] > 0)]
-    both = both[(both["status"] != "ok") == ended]
-    if ended:
-        both = both[both["engine_version"] == ""]
-    off = (both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs().max() * 100
-    return f"{off:.2f}" if known(off) else EMPTY
+    return float((both["peak_device_bytes"] / both["predicted_peak_bytes"] - 1).abs().max() * 100)
 
 
 SECTIONS: dict[str, Callable[[list[Run], list[str]], str]] = {

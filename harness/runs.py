@@ -28,6 +28,7 @@ from harness.columns import (
     is_text,
 )
 from harness.csv_table import parse_lines, whole_lines
+from harness.safe_text import at_home
 
 MAX_FILE_BYTES = 512 << 20
 SCHEMA = 1
@@ -126,9 +127,9 @@ def load_runs(folders: Iterable[str | Path]) -> tuple[list[Run], list[str]]:
 
 def find_folder(folder: str | Path) -> Path:
     """Return the folder as given, else below the checkout's root; ``RunError`` if neither is."""
-    given = Path(folder).expanduser()
+    given = at_home(folder)
     for path in (given, Path(__file__).resolve().parents[1] / given):
-        if path.is_dir():
+        if os.path.isdir(path):
             return path
     raise RunError(f"{clean(folder)}: no such folder; allowed: a run's folder, with a trials.csv")
 

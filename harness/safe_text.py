@@ -28,19 +28,34 @@ def opened(path: str | Path, key: str, allowed: str) -> Iterator[tuple[IO[bytes]
     Raises
     ------
     BadValue
-        For a file that is missing or no regular one; ``key`` names it, ``allowed`` is what may be.
+        For a file that is missing, no regular one, or one that its reader in the ``with`` block
+        cannot read; ``key`` names it, ``allowed`` is what may be.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "no such file"
-        raise BadValue(key, path, f"{allowed} ({reason.lower()})") from None
+        raise BadValue(key, path, f"{allowed} ({_reason(error)})") from None
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise BadValue(key, path, f"{allowed} (not a regular file)")
-    with os.fdopen(descriptor, "rb") as file:
-        yield file, found
+    try:
+        with os.fdopen(descriptor, "rb") as file:
+            yield file, found
+    except OSError as error:  # /proc holds regular files that open and cannot be read
+        raise BadValue(key, path, f"{allowed} ({_reason(error)})") from None
+
+
+def at_home(path: str | Path) -> Path:
+    """``path`` with its ``~`` or ``~user`` written out; as it stands where no such user is."""
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:
+        return Path(path)
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or "no such file").lower()
 
 
 def read_text(path: str | Path, key: str, limit_bytes: int) -> str:
@@ -62,7 +77,7 @@ def read_text(path: str | Path, key: str, limit_bytes: int) -> str:
     with opened(path, key, allowed) as (file, found):
         if found.st_size > limit_bytes:
             raise BadValue(key, path, f"{allowed} (it has {found.st_size:,} bytes)")
-        data = file.read(limit_bytes + 1)[:limit_bytes]
+        data = (file.read(limit_bytes + 1) or b"")[:limit_bytes]  # None: it would wait
     if b"\0" in data:
         raise BadValue(key, path, f"{allowed} (it is binary)")
     text = data.decode("utf-8", errors="replace")

@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from harness.safe_text import opened
+from harness.safe_text import at_home, opened
 from harness.sizes import LARGEST_CONTEXT_TOKENS, BadValue
 
 KEY = "workload.path"
@@ -96,7 +96,7 @@ def read_trace(path: str | Path | None = None, limit: int | None = None) -> Trac
     BadValue
         One line: what is wrong, in which line of the file.
     """
-    file = SAMPLE if path is None else Path(path).expanduser()
+    file = SAMPLE if path is None else at_home(path)
     with opened(file, KEY, _ALLOWED) as (source, found):
         del source
         state = (found.st_size, found.st_mtime_ns, found.st_ino)
@@ -170,7 +170,7 @@ def _lines(
     while True:
         try:
             line: bytes = text.readline(MAX_LINE_BYTES + 1)
-        except (OSError, EOFError, zlib.error):
+        except (gzip.BadGzipFile, EOFError, zlib.error):
             raise _bad(file, number + 1, "damaged gzip") from None
         if not line:
             return

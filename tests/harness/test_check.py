@@ -11,7 +11,7 @@ from harness import report
 from harness.check import check_run, main
 from harness.columns import ordered
 from harness.runs import load_run
-from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, sweep, write_run
+from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, cell, sweep, write_run
 
 
 def first_ok(rows):
@@ -26,6 +26,28 @@ def no_reconciliation(rows, summary, manifest):
     first_ok(rows)["unexplained_bytes"] = None
 
 
+def first_oom(rows):
+    return next(r for r in rows if r["status"] == "oom")
+
+
+def unexplained_where_memory_ended(rows, summary, manifest):
+    first_oom(rows)["unexplained_bytes"] = 10 << 30
+
+
+def no_reconciliation_where_memory_ended(rows, summary, manifest):
+    first_oom(rows)["unexplained_bytes"] = None
+
+
+def ledger_above_the_meter(rows, summary, manifest):
+    row = first_oom(rows)
+    row["peak_ledger_bytes"] = row["peak_device_bytes"] + (10 << 30)
+
+
+def more_free_than_there_is(rows, summary, manifest):
+    row = first_oom(rows)
+    row["oom_free_bytes"] = row["capacity_bytes"] + (10 << 30)
+
+
 def unrepeatable(rows, summary, manifest):
     first_ok(rows)["attention_decode_step_ms"] *= 1.05
 
@@ -37,6 +59,30 @@ def unrepeatable_memory(rows, summary, manifest):
 
 def bracket_once(rows, summary, manifest):
     del rows[-1]
+
+
+def resident_once(rows, summary, manifest):
+    rows.remove(next(r for r in rows if r["purpose"] == "resident"))
+
+
+def never_filled(rows, summary, manifest):
+    rows[:] = [r for r in rows if r["purpose"] != "resident"]
+
+
+def held_less_the_second_time(rows, summary, manifest):
+    last = [r for r in rows if r["purpose"] == "resident"][-1]
+    last["resident_tokens"] -= 6_000
+
+
+def filled_where_it_does_not_start_each_time(rows, summary, manifest):
+    """It was filled twice at the upper end, of which another trial says that it does not start."""
+    summary["strategies"]["static"]["startup"]["not_ok"] = 5_802_817
+    summary["strategies"]["static"]["resident"] = {"ok": 5_802_816, "not_ok": 5_802_817}
+    for row in list(rows):
+        if row["purpose"] == "resident":
+            row |= {"context_tokens": 5_802_816, "resident_tokens": 5_802_816}
+        elif row["purpose"] == "bracket" and row["status"] == "oom":
+            rows.append(row | {"context_tokens": 5_802_817, "trial_id": f"{row['trial_id']}b"})
 
 
 def wide_bracket(rows, summary, manifest):
@@ -133,32 +179,40 @@ def twice_the_same_trial(rows, summary, manifest):
 
 
 FAULTS = {
-    unexplained: "reconciliation",
-    no_reconciliation: "reconciliation",
-    unrepeatable: "repeatability",
-    unrepeatable_memory: "repeatability",
-    bracket_once: "brackets",
-    wide_bracket: "brackets",
-    bracket_both_ways: "brackets",
-    dirty: "tree",
-    speed_in_a_failed_row: "speeds",
-    ungated: "gate",
-    gate_beyond_its_limit: "gate",
-    lse_beyond_its_limit: "gate",
-    merged_gate_beyond_its_limit: "gate",
-    another_configuration: "identity",
-    renamed: "identity",
-    resumed_on_another_gpu: "one gpu",
-    attempt_without_a_gpu: "one gpu",
-    row_of_another_gpu: "one gpu",
-    row_without_a_gpu: "one gpu",
-    unplanned: "planner",
-    another_end: "planner",
-    hot: "throttling",
-    unfinished: "finished",
-    crashed: "statuses",
-    unknown_status: "schema",
-    twice_the_same_trial: "schema",
+    unexplained: {"reconciliation"},
+    no_reconciliation: {"reconciliation"},
+    unexplained_where_memory_ended: {"reconciliation"},
+    no_reconciliation_where_memory_ended: {"reconciliation"},
+    ledger_above_the_meter: {"reconciliation", "events"},
+    more_free_than_there_is: {"reconciliation"},
+    unrepeatable: {"repeatability"},
+    unrepeatable_memory: {"repeatability", "events"},
+    bracket_once: {"brackets"},
+    resident_once: {"brackets"},
+    never_filled: {"brackets"},
+    held_less_the_second_time: {"brackets"},
+    filled_where_it_does_not_start_each_time: {"brackets"},
+    wide_bracket: {"brackets"},
+    bracket_both_ways: {"brackets"},
+    dirty: {"tree"},
+    speed_in_a_failed_row: {"speeds"},
+    ungated: {"gate"},
+    gate_beyond_its_limit: {"gate"},
+    lse_beyond_its_limit: {"gate"},
+    merged_gate_beyond_its_limit: {"gate"},
+    another_configuration: {"identity"},
+    renamed: {"identity"},
+    resumed_on_another_gpu: {"one gpu"},
+    attempt_without_a_gpu: {"one gpu"},
+    row_of_another_gpu: {"one gpu"},
+    row_without_a_gpu: {"one gpu"},
+    unplanned: {"planner"},
+    another_end: {"planner"},
+    hot: {"throttling"},
+    unfinished: {"finished"},
+    crashed: {"statuses"},
+    unknown_status: {"schema"},
+    twice_the_same_trial: {"schema"},
 }
 
 
@@ -174,11 +228,11 @@ def test_a_sound_folder_passes(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
-def test_each_fault_fails_its_check_alone(tmp_path, fault):
+def test_each_fault_fails_its_checks_and_no_other(tmp_path, fault):
     rows, summary, manifest = sweep() + bracket(), copy.deepcopy(SUMMARY), dict(MANIFEST)
     fault(rows, summary, manifest)
     folder = write_run(tmp_path / "run", rows, summary, **manifest)
-    assert failures(folder) == {FAULTS[fault]}
+    assert failures(folder) == FAULTS[fault]
 
 
 def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
@@ -213,6 +267,21 @@ def test_an_item_that_is_named_excuses_the_planner(tmp_path):
     assert failures(write_run(tmp_path / "run", rows)) == set()
 
 
+@pytest.mark.parametrize("status", ["oom", "refused", "crash"])
+def test_what_was_held_where_a_trial_failed_as_foreseen_is_held_to_the_plan(tmp_path, status):
+    rows = sweep() + bracket()
+    row = first_oom(rows)
+    row |= {"status": status, "predicted_status": status}
+    row["predicted_peak_bytes"] = row["peak_device_bytes"] * 1.005
+    folder = write_run(tmp_path / "near", rows)
+    assert "1 of trials that failed as foreseen" in check_run(load_run(folder))["planner"].reason
+    assert failures(folder) == set()
+    row["predicted_peak_bytes"] = row["peak_device_bytes"] * 1.02
+    assert failures(write_run(tmp_path / "far", rows)) == {"planner"}
+    row["predicted_off_by"] = "peak -1"
+    assert failures(write_run(tmp_path / "named", rows)) == set()
+
+
 def test_the_scale_models_speeds_are_not_judged(tmp_path):
     rows = sweep(scale=192)
     first_ok(rows)["attention_decode_step_ms"] *= 3
@@ -240,7 +309,7 @@ def test_rows_without_a_chunk_repeat_within_their_tolerance(tmp_path):
     rows = [r | {"chunk_bytes": None} for r in sweep() + bracket()]
     assert failures(write_run(tmp_path / "run", rows)) == set()
     unrepeatable_memory(rows, {}, {})
-    assert failures(write_run(tmp_path / "other", rows)) == {"repeatability"}
+    assert failures(write_run(tmp_path / "other", rows)) == {"repeatability", "events"}
 
 
 def test_ranks_have_a_gpu_each_and_jobs_of_a_cluster_too(tmp_path):
@@ -330,6 +399,46 @@ def test_a_folder_that_is_no_run_is_named_and_the_others_are_read(
     assert first.name in said.out
     assert said.err.count("\n") == 1 and "kernels" in said.err and "holds trials.csv" in said.err
     assert command([str(tmp_path / "kernels")]) == 2
+
+
+@pytest.mark.parametrize("status", ["ok", "oom"])
+@pytest.mark.parametrize("column", ["peak_device_bytes", "unexplained_bytes"])
+def test_a_figure_that_no_event_of_the_ledger_has_fails(tmp_path, status, column):
+    folder = write_run(tmp_path / "run")
+    rows = sweep() + bracket()
+    row = next(r for r in rows if r["status"] == status)
+    row[column] += 1 << 20  # within every tolerance
+    timeline = (folder / "timeline.csv").read_text()
+    other = write_run(tmp_path / "other", rows)
+    (other / "timeline.csv").write_text(timeline)
+    assert failures(other) == {"events"}
+
+
+def test_a_row_whose_events_are_gone_fails(tmp_path):
+    folder = write_run(tmp_path / "run")
+    path = folder / "timeline.csv"
+    gone = (sweep() + bracket())[-1]["trial_id"]
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if f",{gone}," not in line]
+    assert len(kept) < len(lines)
+    path.write_text("\n".join(kept) + "\n")
+    assert failures(folder) == {"events"}
+    path.write_text(lines[0] + "\n")
+    assert failures(folder) == {"events"}
+
+
+def test_later_rows_of_a_process_hold_what_its_earlier_ones_did(tmp_path):
+    """Static commits at start-up: the row of a further fill adds no event of its own."""
+    rows = [cell("static", 1_000_000, fill) for fill in (0.1, 1.0)]
+    folder = write_run(tmp_path / "run", rows, {})
+    path = folder / "timeline.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(x for x in lines if f",{rows[1]['trial_id']}," not in x) + "\n")
+    assert check_run(load_run(folder))["events"].outcome == "pass"
+    rows[1]["peak_device_bytes"] += 1
+    other = write_run(tmp_path / "other", rows, {})
+    (other / "timeline.csv").write_text(path.read_text())
+    assert check_run(load_run(other))["events"].outcome == "fail"
 
 
 def test_a_time_that_does_not_follow_from_its_samples_fails(tmp_path):

@@ -37,7 +37,8 @@ def test_without_rows_only_arithmetic_decides():
     found = {c["id"]: c for c in decide([])}
     decided = {i for i, c in found.items() if c["verdict"] != "undecided"}
     assert decided == {"C8", "C15", "C19", "C20"}
-    assert found["C15"]["measured"] == pytest.approx(174_763, rel=0.02)  # 4 GiB at 24 KiB a token
+    # 4 GiB at 24 KiB a token, less the two of 48 layers that are on their way, in whole chunks
+    assert found["C15"]["measured"] == pytest.approx(174_763 * 46 / 48, rel=0.02)
     assert found["C19"]["verdict"] == "conditional" and found["C19"]["measured"] == 4.0
     assert found["C20"]["verdict"] == "refuted" and found["C20"]["measured"] == 12.0
     assert all(found[i]["trials"] == [] for i in decided)

@@ -260,6 +260,29 @@ def test_what_offload_gains_is_measured_where_both_brackets_are_closed():
         assert planned["basis"] == "planned" and planned["trials"] == []
 
 
+def test_an_arm_whose_end_failed_once_leaves_the_verdict_to_one_that_is_closed():
+    rows = offloaded(5_890_000, 6_060_000)
+    shaky = [
+        row("static", 5_891_000, read_weights="device", arm="device"),
+        row("static", 5_891_000, read_weights="device", arm="device", **NO_POOL),
+        row("static", 5_893_816, read_weights="device", arm="device", **NO_POOL),
+    ]
+    for mixed in (rows + shaky, shaky + rows):
+        found = verdict("C15", mixed)
+        assert (found["measured"], found["basis"]) == (170_000, "measured here")
+        assert "170,000 tokens (166,144 planned) on top of 5,890,000" in found["condition"]
+    assert verdict("C15", shaky + rows[2:])["basis"] == "planned"
+
+
+def test_both_brackets_of_offload_are_one_runs_where_it_has_both():
+    there = [r | {"run_id": "there"} for r in offloaded(5_700_000, 5_800_000)]
+    here = [r | {"run_id": "here"} for r in offloaded(5_890_000, 6_060_000)]
+    found = verdict("C15", [*there[:2], *here])
+    assert found["measured"] == 170_000
+    assert set(found["trials"]) == {r["trial_id"] for r in here}
+    assert verdict("C15", [*there[:2], *here[2:]])["measured"] == 360_000
+
+
 def test_a_step_with_offloaded_weights_is_told_beside_one_without():
     times = (("device", 7.2), ("offload", 77.4), ("none", 5.8))
     rows = [

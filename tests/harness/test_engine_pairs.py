@@ -10,7 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from harness.cell import Cell
-from harness.check_rules import reconciliation
+from harness.check_memory import reconciliation
 from harness.claims import decide
 from harness.columns import TIMELINE_COLUMNS, ordered
 from harness.earlier import read_runs

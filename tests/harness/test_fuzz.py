@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,10 +16,12 @@ from harness.arms import settings_of_command
 from harness.compose import compose_config, expand, parse_overrides
 from harness.sizes import BadValue, parse_bytes, parse_tokens
 from harness.validate import settings_of
+from tests.harness.somebody_else import somebody_else
 
+HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 STRATEGIES = ("static", "paged", "eager_pages", "sglang", "vllm")
-# Not written: what would start other processes, or read a user's file.
-LEFT_OUT = ("hydra", "results", "workload.path", "claims")
+# Not written: what would start other processes, write elsewhere, or judge a user's folders.
+LEFT_OUT = ("hydra", "results", "claims")
 
 
 def _leaves(node, prefix=""):
@@ -83,6 +88,53 @@ def test_any_value_of_any_key(change):
         forecast.check(made)
     except BadValue as error:
         assert refused_in_one_line(error)
+
+
+# No traces: a folder, devices, a pipe, holes, what /proc calls regular files, names that are none.
+PATHS = [
+    *("/", "/dev/zero", "/dev/tty", "/proc/self/mem", "/proc/self/pagemap", "/proc/self/environ"),
+    *("{folder}/pipe", "{folder}/holes", "{folder}/header", "{folder}/unreadable", "{folder}/loop"),
+    *("a" * 300, "a/" * 3000, "~nobody-of-this-name/trace", "~\0", "\ud800", "{folder}/pipe/trace"),
+]
+
+
+@pytest.fixture(scope="module")
+def odd_files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd")
+    os.mkfifo(folder / "pipe")
+    (folder / "loop").symlink_to(folder / "loop")
+    for name, text in (("holes", ""), ("header", HEADER), ("unreadable", f"{HEADER}1.0,1,1\n")):
+        (folder / name).write_text(text)
+    for name in ("holes", "header"):
+        os.truncate(folder / name, 1 << 40)
+    (folder / "unreadable").chmod(0)
+    return folder
+
+
+def of_a_trace(path):
+    conf = CONFIGS["paged"].copy()
+    OmegaConf.update(conf, "workload.kind", "trace")
+    OmegaConf.update(conf, "workload.path", path)
+    return settings_of(conf, ())
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: ascii(p)[:40])
+def test_a_path_of_no_trace_is_one_line(odd_files, path):
+    path = path.replace("{folder}", str(odd_files))
+    denied = path.endswith("unreadable") and os.geteuid() == 0
+    me = somebody_else() if denied else nullcontext()  # root may read everything
+    with me, pytest.raises(BadValue, match="allowed: a trace") as caught:
+        of_a_trace(path)
+    assert refused_in_one_line(caught.value) and caught.value.key == "workload.path"
+
+
+@settings(max_examples=60, deadline=None)
+@given(path=st.one_of(st.sampled_from(ODD), st.text(min_size=1), st.from_regex(r"[~/.\0]+\w*")))
+def test_any_path_of_a_trace(path):
+    try:
+        of_a_trace(path)
+    except BadValue as error:
+        assert refused_in_one_line(error) and error.key == "workload.path"
 
 
 @settings(max_examples=200, deadline=None)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from harness.engines.stand_in import stand_in
@@ -43,6 +44,27 @@ def test_a_section_follows_its_rows(tmp_path: Path):
     assert renewed(page) == text
 
 
+def test_engines_own_rows_stand_behind_a_slash_in_the_table_of_trust(tmp_path: Path):
+    run = ROOT / "results/reference/h200_real_engines"
+    page = tmp_path / "page.md"
+    page.write_text(f"<!-- rows: trust {run} -->\n<!-- rows: end -->\n")
+    line = next(x for x in renewed(page).splitlines() if "h200\\_real" in x).split(" | ")
+    rows = pd.read_csv(run / "trials.csv")
+    engine = rows["engine_version"].notna()
+    for cell, figure in (
+        (line[4], rows["unexplained_bytes"].abs() / (1 << 20)),
+        (line[8], _off_percent(rows[rows["status"] != "ok"])),
+        (line[7], _off_percent(rows[rows["status"] == "ok"])),
+    ):
+        ours, theirs = (figure[which[figure.index]].max() for which in (~engine, engine))
+        assert cell == f"{ours:.2f} / {theirs:.2f}"
+
+
+def _off_percent(rows: pd.DataFrame) -> pd.Series:
+    rows = rows[rows["status"] == rows["predicted_status"]]
+    return (rows["peak_device_bytes"] / rows["predicted_peak_bytes"] - 1).abs() * 100
+
+
 def test_an_unknown_section_and_a_missing_run_are_one_line(tmp_path: Path, capsys):
     page = tmp_path / "page.md"
     for words in ("prices x", "sweeps nowhere"):
@@ -56,28 +78,56 @@ def test_an_unknown_section_and_a_missing_run_are_one_line(tmp_path: Path, capsy
         renewed(page)
 
 
-def copied(tmp_path: Path, **ok: int) -> Path:
+ENDS = (5_893_888, 5_896_704)  # of static in h200_report
+
+
+def copied(tmp_path: Path, ends: tuple[int, int] = ENDS) -> Path:
     """A page of the points of a run, of which static's measured ends are others."""
     run = tmp_path / "run"
     run.mkdir()
     for name in ("trials.csv", "config.yaml", "summary.json", "manifest.json"):
         shutil.copy(ROOT / "results/reference/h200_report" / name, run / name)
     summary = json.loads((run / "summary.json").read_text())
-    for point, tokens in ok.items():
-        summary["strategies"]["static"][point] |= {"ok": tokens, "not_ok": tokens + 100}
+    for point in ("startup", "admit", "resident"):
+        summary["strategies"]["static"][point] |= {"ok": ends[0], "not_ok": ends[1]}
     (run / "summary.json").write_text(json.dumps(summary))
+    lines = (run / "trials.csv").read_text().splitlines()
+    for old, new in zip(ENDS, ends, strict=True):
+        lines = [x.replace(f",{old},", f",{new},") if ",static," in x else x for x in lines]
+    (run / "trials.csv").write_text("\n".join(lines) + "\n")
     page = tmp_path / "page.md"
     page.write_text("<!-- rows: points run -->\n<!-- rows: end -->\n")
     return page
 
 
+def cells_of(page: Path) -> list[list[str]]:
+    """The cells of the lines of static and of paged."""
+    lines = [x for x in renewed(page).splitlines() if x.startswith("| run |")][1:]
+    return [[c.strip() for c in line.strip("|").split("|")] for line in lines]
+
+
 def test_points_are_planned_from_a_runs_own_settings(tmp_path: Path):
-    page = copied(tmp_path, startup=5_000_000, admit=6_000_000)
-    static, paged = renewed(page).splitlines()[-4:-2]
-    cells = [c.strip() for c in static.strip("|").split("|")]
-    assert cells[:4] == ["run", "static", "5,893,888", "5,000,000"] and cells[5] == "6,000,000"
-    assert cells[-1] == f"{100 * (893_888 - 100) / 5_000_000:.2f}" == "17.88"
-    assert paged.endswith("| 0.00 |")
+    static, paged = cells_of(copied(tmp_path, (5_000_000, 5_000_100)))
+    assert static[:4] == ["run", "static", "5,893,888", "5,000,000"] and static[5] == "5,000,000"
+    assert static[-1] == f"{100 * (893_888 - 100) / 5_000_000:.2f}" == "17.88"
+    assert paged[-1] == "0.00"
+
+
+@pytest.mark.parametrize("repeat", [0, 1])
+def test_a_point_that_one_trial_could_not_start_is_not_shown_as_measured(tmp_path: Path, repeat):
+    page = copied(tmp_path)
+    rows = pd.read_csv(tmp_path / "run/trials.csv", dtype=str, keep_default_na=False)
+    held = (rows["purpose"] == "resident") & (rows["repeat"] == str(repeat))
+    held &= rows["strategy"] == "static"
+    assert held.sum() == 1
+    ended = ["status", "oom_phase", "oom_allocation", "admitted"]
+    rows.loc[held, ended] = ["oom", "workspace", "gate", ""]
+    rows.to_csv(tmp_path / "run/trials.csv", index=False)
+    static, paged = cells_of(page)
+    assert static[3] == static[5] == static[7] == "not closed" and static[-1] == "–"
+    assert paged[3] == "10M, no failure" and paged[-1] == "0.00"
+    (why,) = [line for line in renewed(page).splitlines() if line.startswith("run, static: ")]
+    assert "startup: 5,893,888 ended both ways" in why and "resident: 5,893,888 ran 1 times" in why
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,7 @@ def test_the_command_imports_nothing_that_it_does_not_need():
     """What takes long to import, numpy included: a prediction takes under a second."""
     script = (
         "import sys; from harness.plan import main; "
-        "main(['-m', 'strategy=static,paged,vllm', 'workload=trace', 'hardware=h200']); "
+        "main(['-m', 'strategy=static,paged,sglang,vllm', 'workload=trace', 'hardware=h200']); "
         "large = {'torch', 'pandas', 'triton', 'matplotlib', 'numpy', 'scipy', 'pynvml'}; "
         "found = large & set(sys.modules); "
         "sys.exit(str(found) if found else 0)"
@@ -207,3 +207,16 @@ def test_the_command_imports_nothing_that_it_does_not_need():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "vllm" in done.stdout
+
+
+@pytest.mark.parametrize("strategy", ["static", "sglang", "vllm"])
+def test_a_plan_takes_few_enough_calls_to_be_told_in_a_second(strategy):
+    """Calls are the same on every machine, seconds are not: a million takes about half of one."""
+    script = (
+        "import cProfile, pstats, sys; from harness.plan import main; p = cProfile.Profile(); "
+        f"p.runcall(main, ['strategy={strategy}', 'context=10M', 'hardware=h200']); "
+        "print(pstats.Stats(p).total_calls, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0 and " at 10M" in done.stdout
+    assert 10_000 < int(done.stderr) < 1_500_000

@@ -116,6 +116,28 @@ def test_killed_inside_a_trial_then_resumed(tmp_path):
     _edited_command(results, folder)
 
 
+@pytest.mark.beside
+def test_the_command_as_users_run_it_is_killed_from_outside_and_resumed(tmp_path):
+    """Nothing is patched: the second trial hangs, so that the kill surely falls into it."""
+    results = tmp_path / "runs"
+    words = (*QUICK, "-m", "fault.kind=none,hang", "fault.phase=pool", "trial.timeout_seconds=8")
+    process = start(results, *words)
+    until(lambda: list(results.glob("*/*/trials.csv")))
+    trial = until(lambda: trial_process(results) if measured(the_folder(results)) else None)
+    process.kill()
+    process.communicate()
+    until(lambda: is_gone(trial), seconds=30)
+    folder = the_folder(results)
+    before = rows(folder)
+    assert [r["status"] for r in before] == ["ok"]
+
+    ended = run(results, *words)
+    assert ended.folder == folder and "resumed, 1 rows" in ended.out
+    after = rows(folder)
+    assert after[:1] == before and [r["status"] for r in after] == ["ok", "timeout"]
+    assert read_json(folder / "manifest.json")["finished_utc"]
+
+
 def _contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 

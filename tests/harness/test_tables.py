@@ -31,7 +31,7 @@ def test_every_point_has_a_line_and_bracket_trials_are_counted():
     rows = sweep() + bracket()
     table = tables.sweep(frame(rows), each=True)
     assert sorted(table.anchors) == sorted(r["trial_id"] for r in sweep())
-    assert any(note.startswith("4 further trials") for note in table.notes)
+    assert any(note.startswith("6 further trials") for note in table.notes)
     folded = tables.sweep(frame(rows))
     assert sum(int(row[0]) for row in folded.rows) == len(sweep())
 
