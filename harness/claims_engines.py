@@ -142,15 +142,23 @@ def vllm_supports_ten_million(evidence: Evidence) -> Verdict:
             tuple(rows),
             "starts" if good else "refused",
         )
+    started, models = rows[0].get("engine_version"), {r["model"] for r in rows}
+    only = [r for r in asked if started and r["model"] not in models]
     return Verdict(
         CONDITIONAL,
-        "starts: "
-        + "; ".join(sorted({_named(r) for r in good}))
-        + ". Does not: "
-        + "; ".join(sorted({_named(r) for r in bad})),
-        tuple(rows),
+        _of_two_ends(rows) + (f". Emulated only: {_of_two_ends(only)}" if only else ""),
+        tuple(rows + only),
         f"{len(good)} of {len(rows)} configurations start",
     )
+
+
+def _of_two_ends(rows: list[Row]) -> str:
+    """Which configurations start, and which do not."""
+    ends = {
+        "starts": sorted({_named(r) for r in rows if starts(r)}),
+        "does not": sorted({_named(r) for r in rows if not starts(r)}),
+    }
+    return ". ".join(f"{end}: {'; '.join(those)}" for end, those in ends.items() if those)
 
 
 def _costs(rows: list[Row]) -> set[tuple[str, float]]:

@@ -62,7 +62,7 @@ def reserve_formula(evidence: Evidence) -> Verdict:
         verdict,
         f"the term 1.5 x chunked_prefill stands in {', '.join(with_term) or 'no version'}, beside "
         f"further terms; at chunked_prefill {CHUNK_TOKENS} and graph_bs {GRAPH_ROWS} the formula "
-        f"gives {FORMULA_MIB:,.0f} MiB, the versions reserve "
+        f"gives {FORMULA_MIB:,.0f} MiB, each of 8 ranks reserves "
         + ", ".join(f"{r:,.0f} ({v})" for v, r in reserves.items()),
         measured=round(reserves[VERSIONS[-1]]),
         basis="source, SGLang " + ", ".join(reserves),
@@ -170,40 +170,66 @@ def _offload_price(evidence: Evidence) -> tuple[str, tuple[Row, ...]]:
 
 
 def context_parallelism(evidence: Evidence) -> Verdict:
-    """C19: tokens of one sequence over 8 ranks, heads split against pages split."""
-    ran = [g for g in rank_gains(evidence.every) if g.basis != "planned"]
-    if len({g.pages.model for g in ran}) > 1:
+    """C19: tokens of one sequence over 8 ranks, heads split against pages split.
+
+    Ranks that ran decide where more than one model did, and the planner tells the other models.
+    """
+    ran = {
+        g.pages.model: g  # of each model on most ranks
+        for g in sorted(rank_gains(evidence.every), key=lambda g: g.pages.ranks)
+        if g.basis != "planned"
+    }
+    if len(ran) > 1:
         return _measured_gain(evidence, ran)
-    gains, copies = {}, {}
-    for model in LISTED_MODELS:
-        settings = _listed(model)
-        tp = points(settings).resident.ok or 0
-        heads = settings.parallel
-        pages = replace(heads, kind="context", context_ranks=heads.ranks)
-        split = replace(settings, parallel=pages)
-        per_rank = points(split).resident.ok or 0
-        gains[model] = per_rank * split.parallel.context_ranks / tp if tp else 0.0
-        copies[model] = max(1.0, settings.parallel.tp / settings.model.kv_heads_total)
-    text = ", ".join(f"{m} {g:.2f}x" for m, g in gains.items())
-    more = [g for g in gains.values() if g > 1 + SAME_GAIN]
+    gains = {model: _planned_gain(_listed(model)) for model in LISTED_MODELS}
+    copies = {model: _copies(_listed(model)) for model in LISTED_MODELS}
     only_copies = all(abs(gains[m] / copies[m] - 1) < SAME_GAIN for m in gains)
     why = "by the replication factor of the KV heads and no more: " if only_copies else ""
-    verdict = SUPPORTED if len(more) == len(gains) else CONDITIONAL if more else REFUTED
-    return Verdict(verdict, why + text, measured=round(max(gains.values()), 2), basis="planned")
-
-
-def _measured_gain(evidence: Evidence, ran: list[Gain]) -> Verdict:
-    """C19 from ranks that really ran: most ranks of each model."""
-    most = {g.pages.model: g for g in sorted(ran, key=lambda g: g.pages.ranks)}
-    text = ", ".join(f"{m} {g.ratio:.2f}x on {g.pages.ranks} ranks" for m, g in most.items())
-    more = [g for g in most.values() if g.ratio > 1 + SAME_GAIN]
-    ids = {t for g in most.values() for t in (*g.pages.trials, *g.heads.trials)}
     return Verdict(
-        SUPPORTED if len(more) == len(most) else CONDITIONAL if more else REFUTED,
-        f"pages spread over ranks, against heads: {text}",
-        tuple(r for r in evidence.every if r["trial_id"] in ids),
-        round(max(g.ratio for g in most.values()), 2),
+        _gain_verdict(gains), why + _times(gains), measured=_largest(gains), basis="planned"
     )
+
+
+def _planned_gain(settings: Settings) -> float:
+    tp = points(settings).resident.ok or 0
+    heads = settings.parallel
+    split = replace(settings, parallel=replace(heads, kind="context", context_ranks=heads.ranks))
+    per_rank = points(split).resident.ok or 0
+    return per_rank * split.parallel.context_ranks / tp if tp else 0.0
+
+
+def _copies(settings: Settings) -> float:
+    """Ranks that have the same KV head."""
+    return max(1.0, settings.parallel.tp / settings.model.kv_heads_total)
+
+
+def _measured_gain(evidence: Evidence, ran: dict[str, Gain]) -> Verdict:
+    """C19 from ranks that really ran; models of which none did are told beside."""
+    ratios = {model: g.ratio for model, g in ran.items()}
+    told = ", ".join(f"{m} {g.ratio:.2f}x on {g.pages.ranks} ranks" for m, g in ran.items())
+    rest = {m: _planned_gain(_listed(m)) for m in LISTED_MODELS if m not in ran}
+    ids = {t for g in ran.values() for t in (*g.pages.trials, *g.heads.trials)}
+    return Verdict(
+        _gain_verdict(ratios),
+        f"pages spread over ranks, against heads: {told}"
+        + (f"; planned: {_times(rest)}" if rest else ""),
+        tuple(r for r in evidence.every if r["trial_id"] in ids),
+        _largest(ratios),
+        "planned" if rest else "",
+    )
+
+
+def _gain_verdict(gains: dict[str, float]) -> str:
+    more = [g for g in gains.values() if g > 1 + SAME_GAIN]
+    return SUPPORTED if len(more) == len(gains) else CONDITIONAL if more else REFUTED
+
+
+def _times(gains: dict[str, float]) -> str:
+    return ", ".join(f"{model} {gain:.2f}x" for model, gain in gains.items())
+
+
+def _largest(gains: dict[str, float]) -> float:
+    return round(max(gains.values()), 2)
 
 
 def fp8_cost(evidence: Evidence) -> Verdict:

@@ -17,6 +17,8 @@ from harness.closed_pipe import ends_quietly
 from harness.compose import as_typed
 from harness.folder import FolderError
 from harness.lock import Busy
+from harness.ranks import BadLaunch
+from harness.ranks_meeting import Unmet
 from harness.settings import Settings
 from harness.sizes import BadValue, printable
 
@@ -54,16 +56,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_as(world, settings, lambda: _run(settings, words))
     except (BadValue, FolderError, Busy) as refused:
         error = as_typed(refused, words) if isinstance(refused, BadValue) else refused
-        _say(f"harness: {printable(error)}")
+        _say(f"harness: {printable(error)}", own=isinstance(refused, (BadLaunch, Unmet)))
         return 2
     except KeyboardInterrupt:
         _say("\nharness: interrupted; the same command resumes this run")
         return 130
 
 
-def _say(line: str) -> None:
-    """One line, however many ranks find the same fault or are interrupted together."""
-    if os.environ.get("RANK", "0") == "0":
+def _say(line: str, own: bool = False) -> None:
+    """One line, however many ranks find the same fault or are interrupted together.
+
+    ``own``: a fault that other ranks need not have.
+    """
+    if own or os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr)
 
 

@@ -32,6 +32,7 @@ from harness.folder import (
     write_atomic,
 )
 from harness.hardware import Hardware
+from harness.launcher_keys import check_launcher
 from harness.lock import Busy, device_lock
 from harness.ranks_relay import devices_here
 from harness.settings import Settings
@@ -91,6 +92,7 @@ def launch(overrides: Sequence[str], hydra: Sequence[str], words: Sequence[str])
 
     # Composed for the planner: the devices are those of the jobs' machines.
     arms = settings_of_command(overrides, multirun=True, planning=True)
+    check_launcher(hydra)
     experiment, digest = arms[0].experiment, provenance.config_hash(arms)
     folder, resumed = find_or_create(Path(arms[0].results).resolve(), experiment, digest)
     print(f"results  {folder.path}" + (f" (resumed, {len(folder.rows)} rows)" if resumed else ""))

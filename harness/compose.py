@@ -217,16 +217,21 @@ KINDS = {
     r"to Integer": "a whole number",
     r"to Float": "a number",
     r"not a valid bool|to Boolean": "true or false",
-    r"to string|not Optional": "text",
+    r"to string": "text",
 }
+# Of a value that may not be null, by the type that its key has.
+KINDS_OF_TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _allowed(key: str, text: str, groups: Sequence[str]) -> str:
     """What a key may be, read off the configuration of the chosen groups."""
-    known = _keys(_composed(groups))
+    conf = _composed(groups)
+    known = _keys(conf)
     children = [k for k in known if k.startswith(f"{key}.")]
     if children:
         return "its keys: " + ", ".join(children)
+    if key in known and "not Optional" in text:
+        return KINDS_OF_TYPES.get(_type_of(conf, key), "not null")
     if key in known:
         return next((kind for what, kind in KINDS.items() if re.search(what, text)), "another type")
     parent = key.rpartition(".")[0]
@@ -240,6 +245,13 @@ def _allowed(key: str, text: str, groups: Sequence[str]) -> str:
         for k in _nearest(key, [*known, *elsewhere])
     ]
     return "keys such as " + ", ".join(near or siblings[:12] or sorted(GROUPS))
+
+
+def _type_of(conf: DictConfig, key: str) -> Any:  # noqa: ANN401
+    node: Any = conf
+    for name in key.split("."):
+        node = node._get_node(name)
+    return node._metadata.ref_type
 
 
 def _keys_of_other_strategies(known: Sequence[str]) -> dict[str, list[str]]:

@@ -11,8 +11,21 @@ import time
 from typing import Any
 
 from strategies.device import Device
+from strategies.strategy import Strategy
 
 _HIDDEN: list[object] = []  # keeps the hidden allocation alive, unknown to the ledger
+
+
+def flip_signs(fault: dict[str, Any], strategy: Strategy, sequence: int, rank: int) -> None:
+    """Turn the sign of every K and V that a rank stores, once it has passed its own gate."""
+    if fault["kind"] != "flipped_signs" or fault.get("rank", rank) != rank:
+        return
+    for view in strategy.batch([sequence]):
+        size, page_tokens = view.geometry.page_bytes, view.geometry.page_tokens
+        (length,), (start,) = view.lengths_host, view.starts
+        for index in range(start // page_tokens, -(-length // page_tokens)):
+            page = int(view.page_table[0, index])
+            view.arena[page * size : (page + 1) * size].bitwise_xor_(0x80)
 
 
 def strike(fault: dict[str, Any], phase: str, device: Device | None, rank: int = 0) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -45,8 +45,16 @@ class Outcome:
     log: str = ""
 
 
-def find_or_create(results: Path, experiment: str, config_hash: str) -> tuple[RunFolder, bool]:
+def find_or_create(
+    results: Path,
+    experiment: str,
+    config_hash: str,
+    hash_in: Callable[[Path], str] | None = None,
+) -> tuple[RunFolder, bool]:
     """The newest unfinished run of this configuration, or a new folder; True when resumed.
+
+    ``hash_in`` hashes the configuration that a folder holds, where the hash in its manifest is
+    another one.
 
     Raises
     ------
@@ -57,7 +65,7 @@ def find_or_create(results: Path, experiment: str, config_hash: str) -> tuple[Ru
     try:
         base.mkdir(parents=True, exist_ok=True)
         for path in sorted(base.iterdir(), reverse=True):
-            found = _resumed(path, config_hash)
+            found = _resumed(path, config_hash, hash_in)
             if found is not None:
                 return found, True
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
@@ -71,9 +79,12 @@ def find_or_create(results: Path, experiment: str, config_hash: str) -> tuple[Ru
     raise FolderError(f"results={results}: no free name for a run")
 
 
-def _resumed(path: Path, config_hash: str) -> RunFolder | None:
+def _resumed(
+    path: Path, config_hash: str, hash_in: Callable[[Path], str] | None
+) -> RunFolder | None:
     """An unfinished run of this configuration, mended; None when it is not one that we may take."""
-    if not _is_plain(path) or not _is_unfinished(path, config_hash):
+    said = _unfinished(path) if _is_plain(path) else None
+    if said is None or (said != config_hash and (hash_in is None or hash_in(path) != config_hash)):
         return None
     try:
         folder = RunFolder(path)
@@ -81,7 +92,7 @@ def _resumed(path: Path, config_hash: str) -> RunFolder | None:
         return None
     try:
         # It may have ended between the look and the lock; other columns are another version's.
-        if _is_unfinished(path, config_hash) and folder.recover():
+        if _unfinished(path) == said and folder.recover():
             return folder
     except (csv.Error, IsADirectoryError):  # no table of ours
         pass
@@ -102,9 +113,11 @@ def _is_plain(path: Path) -> bool:
         )
 
 
-def _is_unfinished(path: Path, config_hash: str) -> bool:
+def _unfinished(path: Path) -> str | None:
+    """The hash in the manifest of a run that has not ended; None for any other folder."""
     manifest = read_manifest(path)
-    return manifest.get("config_hash") == config_hash and not manifest.get("finished_utc")
+    said = manifest.get("config_hash")
+    return said if isinstance(said, str) and not manifest.get("finished_utc") else None
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from harness.cell import Cell
+from harness.faults import flip_signs
 from harness.gate import MAX_LSE_ERROR, MAX_RELATIVE_RMS, Gate
 from harness.ledger import Ledger
 from harness.offload import make_reader
 from harness.ranks_control import Alone, EndedByPeer, Team
-from harness.ranks_group import Collectives, sizes_of
+from harness.ranks_group import Collectives
 from harness.settings import Settings
 from harness.synthetic import Content
 from harness.timing import Samples, Stopwatch, prefill_flops
@@ -71,8 +72,9 @@ def measure(
         }
     if not all(passed):
         raise EndedByPeer
+    flip_signs(settings.fault, strategy, sequences[-1], team.place.rank)
     if group is not None:
-        from harness.ranks_step import check_merged, merged_columns
+        from harness.ranks_gate import check_merged, merged_columns
 
         merged = check_merged(checker, group, strategy, sequences[-1], tokens)
         row |= merged_columns(merged)
@@ -90,12 +92,14 @@ def measure(
         if wrong is not None:
             return row | {"status": "invalid", "error": f"layer {wrong}: weights of another one"}
     if group is not None:
-        from harness.ranks_step import step_columns, time_step
+        from harness.ranks_step import time_columns, time_step
 
         step, collectives = time_step(watch, team, group, sequences)
-        note("decode_all_ranks", _raw(step))
-        note("collectives", _raw(collectives))
-        row |= step_columns(step, collectives, sizes_of(settings))
+        note("decode_all_ranks", _raw(step.samples))
+        note("collectives", _raw(collectives.samples))
+        row |= time_columns(step, collectives)
+        if not all(team.join("timed step", step.gate.passed and collectives.gate.passed)):
+            return row
     ledger.note("decode", "timed")
     if settings.trial.prefill_histories:
         row |= _prefill(cell, strategy, watch, sequences[-1], tokens, note)

@@ -34,15 +34,15 @@ OTHER = {
 
 def draw(folder: RunFolder, summary: dict[str, Any], manifest: dict[str, Any]) -> list[Path]:
     """Draw every figure that the rows can make, and write report.md."""
-    from harness.plots import draw_run
+    from harness.plots import draw_judged, draw_run
     from harness.report import write_report_md
     from harness.runs import RunError, load_run
 
     try:
         run = load_run(folder.path)
         try:
-            if run.of_earlier_runs:  # whose figures lie in their own folders
-                figures = []
+            if run.of_earlier_runs:
+                figures = draw_judged(folder.path, summary)
             else:
                 figures = draw_run(folder.path, run.rows, run.timeline, summary)
         except RunError as error:

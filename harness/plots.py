@@ -23,7 +23,8 @@ from harness.plots_remedies import figure_remedies
 from harness.plots_scaling import figure_capacity_over_ranks
 from harness.plots_sharing import figure_waste
 from harness.plots_throughput import figure_throughput
-from harness.runs import Run, frame
+from harness.plots_verdicts import figure_verdicts
+from harness.runs import Run, dicts, frame
 
 FIGURES_FOLDER = "figures"
 ENGINES = ("sglang", "vllm")
@@ -31,7 +32,7 @@ RATES = ("attention_decode_tokens_per_second", "attention_prefill_tokens_per_sec
 # Experiments that ask a question of their own: only the figures that answer it show their rows. Any
 # other one sweeps contexts, and gets the figures of a sweep.
 QUESTIONS = {
-    "claims": ("root_cause", "mem_fraction"),
+    "claims": ("verdicts", "root_cause", "mem_fraction"),
     "root_cause": ("root_cause",),
     "real_engines": ("real_engines",),
     "mem_fraction": ("mem_fraction",),
@@ -50,6 +51,7 @@ OF_A_SWEEP = (
     "mem_fraction",
 )
 TITLES = {
+    "verdicts": "Verdicts at a glance",
     "memory_against_context": "Memory against configured context",
     "memory_over_phases": "Memory over a trial's phases",
     "throughput": "Attention throughput against resident tokens",
@@ -104,11 +106,25 @@ def draw_run(
     list of Path
         The files, a PNG and an SVG for each figure.
     """
+    return _saved(folder, figures(rows, timeline, summary))
+
+
+def draw_judged(folder: Path, summary: dict[str, Any]) -> list[Path]:
+    """The same of a run that judges rows of earlier ones: their figures lie in their folders."""
+    return _saved(folder, _of_verdicts(summary))
+
+
+def _saved(folder: Path, drawn: dict[str, Figure]) -> list[Path]:
     out: list[Path] = []
-    for name, figure in figures(rows, timeline, summary).items():
+    for name, figure in drawn.items():
         out += style.save(figure, Path(folder) / FIGURES_FOLDER, name)
     _remove_others(Path(folder) / FIGURES_FOLDER, out)
     return out
+
+
+def _of_verdicts(summary: dict[str, Any]) -> dict[str, Figure]:
+    claims = dicts(summary, "claims")
+    return {"verdicts": figure_verdicts(claims)} if claims else {}
 
 
 def _remove_others(folder: Path, drawn: list[Path]) -> None:
@@ -122,8 +138,10 @@ def _remove_others(folder: Path, drawn: list[Path]) -> None:
 
 
 def figures_of(run: Run) -> dict[str, Figure]:
-    """Draw every figure of a run that was read from its folder; none of rows of earlier runs."""
-    return {} if run.of_earlier_runs else figures(run.rows, run.timeline, run.summary)
+    """Draw every figure of a run that was read from its folder; of earlier runs' rows verdicts."""
+    if run.of_earlier_runs:
+        return _of_verdicts(run.summary)
+    return figures(run.rows, run.timeline, run.summary)
 
 
 def _plan(
@@ -146,10 +164,12 @@ def _plan(
     fractions = fractions[fractions["strategy"].eq("static") & fractions["mem_fraction"].notna()]
     asked = fractions.groupby(["model", "context_tokens"])["mem_fraction"].transform("nunique")
     fractions = fractions[asked > 1]
+    judged = dicts(summary, "claims") if not of("verdicts").empty else []
     curves, speeds = of("memory_against_context"), of("throughput")
     waste, churn, grains = of("waste"), of("fragmentation"), of("granularity")
     precision, remedies, scaled = of("precision"), of("remedies"), of("capacity_over_ranks")
     return [
+        ("verdicts", bool(judged), lambda: figure_verdicts(judged)),
         ("real_engines", not real.empty, lambda: figure_real_engines(beside, events)),
         ("root_cause", not engines.empty, lambda: figure_root_cause(engines, events)),
         ("memory_against_context", not curves.empty, lambda: figure_memory(curves)),

@@ -13,7 +13,7 @@ from harness.phases import phase_name
 from harness.ranks_summary import on_rank
 from harness.rows import Row, identity
 from harness.settings import Settings
-from harness.sizes import gib, mib, tokens_text
+from harness.sizes import gib_or_less, mib_or_less, tokens_text
 from harness.summary import ARM_KEYS, admitted, arms, started
 
 NAME_CHARACTERS = 12  # at least; as many as the longest arm's name takes
@@ -111,7 +111,7 @@ def _arm(row: Row) -> tuple[Any, ...]:
 
 def row_line(row: Row, arm: str = "", width: int = NAME_CHARACTERS) -> str:
     """``paged  10M x 100 %  oom in fill: asked …``; ``arm`` is the strategy's unless given."""
-    size = mib if int(row.get("scale") or 1) > 1 else gib
+    size = mib_or_less if int(row.get("scale") or 1) > 1 else gib_or_less
     name = arm or str(row["strategy"])
     if row.get("engine_version"):
         name = f"{row['strategy']} itself{name.removeprefix(str(row['strategy']))}"

@@ -15,7 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from harness.settings import Settings, to_json
+from harness.safe_text import MAX_CONFIG_BYTES, read_text
+from harness.settings import Settings, from_json, to_json
 
 PACKAGES = (
     "torch triton numpy pandas matplotlib hydra-core omegaconf nvidia-ml-py cuda-bindings"
@@ -43,8 +44,27 @@ def config_hash(settings: list[Settings]) -> str:
         }
         data["hardware"].pop("free_bytes")
         data["hardware"]["capacity_bytes"] = one.hardware.asked_bytes
+        if one.engine:
+            data["hardware"].pop("uuid")
         content.append(data)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def hash_in(folder: Path) -> str:
+    """The hash of the configuration that a folder holds; empty where there is none to be read."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError  # type: ignore[import-untyped]
+
+    try:
+        text = read_text(folder / "config.yaml", "config.yaml", MAX_CONFIG_BYTES)
+        found: Any = OmegaConf.to_container(OmegaConf.create(text))
+        return config_hash([from_json(arm) for arm in found["arms"]])
+    except (
+        *(OSError, AttributeError, LookupError, TypeError, ValueError),
+        *(YAMLError, OmegaConfBaseException),
+    ):
+        return ""
 
 
 def manifest(

@@ -95,13 +95,17 @@ class Launched:
     local_rank: int
 
 
+class BadLaunch(BadValue):
+    """What a launcher says of a process makes no sense: a matter of its own, not of all ranks."""
+
+
 def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     """Read RANK, WORLD_SIZE and LOCAL_RANK; None when no launcher set them.
 
     Raises
     ------
-    BadValue
-        When they contradict each other, or MASTER_ADDR and MASTER_PORT are missing.
+    BadLaunch
+        When they contradict each other, or MASTER_ADDR and MASTER_PORT are no address and port.
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
@@ -109,12 +113,16 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = environment.get(name, environment["RANK"] if name == "LOCAL_RANK" else "")
         if not text.isdecimal():
-            raise BadValue(name, text, "a whole number")
+            raise BadLaunch(name, text, "a whole number")
         numbers.append(int(text))
     found = Launched(*numbers)
+    if not found.world_size:
+        raise BadLaunch("WORLD_SIZE", 0, "1 or more")
     if not found.rank < found.world_size:
-        raise BadValue("RANK", found.rank, f"0 to {found.world_size - 1}, below WORLD_SIZE")
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        if not environment.get(name):
-            raise BadValue(name, "", "an address and a port, when RANK is set")
+        raise BadLaunch("RANK", found.rank, f"0 to {found.world_size - 1}, below WORLD_SIZE")
+    if not environment.get("MASTER_ADDR"):
+        raise BadLaunch("MASTER_ADDR", "", "the address of rank 0's machine, when RANK is set")
+    port = environment.get("MASTER_PORT", "")
+    if not (port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16):
+        raise BadLaunch("MASTER_PORT", port, "a port, 1 to 65535, when RANK is set")
     return found

@@ -95,6 +95,7 @@ class Collectives:
     def __init__(self, team: Team, device: Any) -> None:  # noqa: ANN401
         self.place, self.counters = team.place, team.counters
         self.device = device
+        self.moved_bytes = 0  # that this rank gave to collectives so far
         self.tensor_group, self.context_group = self._groups()
 
     def _groups(self) -> tuple[Any, Any]:
@@ -136,6 +137,7 @@ class Collectives:
         import torch.distributed as dist
 
         self.counters.enter("all-gather")  # by ranks that are alone too: all count alike
+        self.moved_bytes += own.nbytes
         if group is None:
             into[0].copy_(own)
         else:
@@ -147,6 +149,7 @@ class Collectives:
         import torch.distributed as dist
 
         self.counters.enter("all-reduce")
+        self.moved_bytes += hidden.nbytes
         if self.tensor_group is not None:
             dist.all_reduce(hidden, group=self.tensor_group)
         self.counters.leave()

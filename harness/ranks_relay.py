@@ -10,13 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +21,17 @@ from harness.cell import cell_from_json
 from harness.folder import Outcome
 from harness.hardware import Hardware, seen_gpu
 from harness.launch import Job
-from harness.lock import Busy, device_lock
+from harness.lock import device_lock
 from harness.ranks import Launched, Place, launched
 from harness.ranks_launch import Handle, LocalRank, Record, run_ranks, start_here
+from harness.ranks_meeting import RENDEZVOUS, long_wait_is_said, meet
 from harness.ranks_peers import Beat, Peers
 from harness.ranks_pulse import Pulse
 from harness.rows import Row
+from harness.scratch import scratch_folder
 from harness.settings import Settings
 
 RELAY_SECONDS = 0.05
-RENDEZVOUS = timedelta(seconds=300)
 END_SECONDS = 30.0
 LOST = 1  # exit status of a rank whose harness is gone
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -43,20 +41,15 @@ class World:
     """The processes that a launcher started, and the store through which they talk."""
 
     def __init__(self, here: Launched) -> None:
-        from torch.distributed import DistError, rendezvous
-
         self.here = here
         self.local: LocalRank | None = None
         self.beat: Beat | None = None
-        # As torch finds each other's processes: MASTER_ADDR, MASTER_PORT, or torchrun's own store.
-        try:
-            self.store, _, _ = next(rendezvous("env://", timeout=RENDEZVOUS))
-        except DistError as error:
-            raise Busy(f"rank {here.rank} finds no other: {error}") from None
-        if here.rank:
-            self.beat = Beat(self.store, here.rank, self._pulse)
-        else:
-            self.peers = Peers(self.store, range(1, here.world_size), RENDEZVOUS)
+        with long_wait_is_said(here):
+            self.store = meet(here)
+            if here.rank:
+                self.beat = Beat(self.store, here.rank, self._pulse)
+            else:
+                self.peers = Peers(self.store, range(1, here.world_size), RENDEZVOUS)
         self._jobs = [0] * here.world_size
 
     def _pulse(self) -> Pulse | None:
@@ -168,26 +161,24 @@ def follow(world: World) -> int:
     """Start and relay this process's ranks until rank 0 ends the run; its exit status."""
     from torch.distributed import DistError
 
-    rank = world.here.rank
-    scratch = Path(tempfile.mkdtemp(prefix="kv-alloc-bench-"))
+    rank, number = world.here.rank, 0
     try:
-        number = 0
-        while True:
-            start = world.hear(f"start/{rank}/{number}")
-            if start is None:
-                time.sleep(RELAY_SECONDS)
-            elif "end" in start:
-                return int(start["end"])
-            else:
-                _relay(world, start, f"{rank}/{number}", scratch)
-                number += 1
+        with scratch_folder() as scratch:
+            while True:
+                start = world.hear(f"start/{rank}/{number}")
+                if start is None:
+                    time.sleep(RELAY_SECONDS)
+                elif "end" in start:
+                    return int(start["end"])
+                else:
+                    _relay(world, start, f"{rank}/{number}", scratch)
+                    number += 1
     except DistError:
         print(f"harness: rank {rank} ends: rank 0 and its store are gone", file=sys.stderr)
         return 1
     finally:
         with contextlib.suppress(DistError):
             world.tell(f"ended/{rank}", {})  # after Ctrl-C too, or rank 0 would wait for us
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _relay(world: World, start: Record, name: str, scratch: Path) -> None:

@@ -13,7 +13,7 @@ from harness import tables
 from harness.arguments import OneLineParser
 from harness.closed_pipe import ends_quietly
 from harness.engines.tables import engine_tables
-from harness.plots import FIGURES_FOLDER, TITLES, draw_run
+from harness.plots import FIGURES_FOLDER, TITLES, draw_judged, draw_run
 from harness.precision import precision_table
 from harness.ranks_scaling import scaling_table
 from harness.remedies import remedies_table
@@ -223,8 +223,11 @@ def write_report(runs: Sequence[Run], redraw: bool = True) -> list[Path]:
     from harness.report_html import html_report
     from harness.report_latex import write_latex
 
-    for run in [r for r in runs if redraw and not r.of_earlier_runs]:
-        draw_run(run.folder, run.rows, run.timeline, run.summary)
+    for run in runs if redraw else ():
+        if run.of_earlier_runs:
+            draw_judged(run.folder, run.summary)
+        else:
+            draw_run(run.folder, run.rows, run.timeline, run.summary)
     first = runs[0]
     pages = [
         write_report_md(run.folder, run.rows, run.timeline, run.summary, run.manifest)

@@ -38,7 +38,7 @@ def run_session(settings: list[Settings], words: list[str], results: Path) -> bo
     experiment = settings[0].experiment
     digest = provenance.config_hash(settings)
     with device_lock(*devices):
-        folder, resumed = find_or_create(results, experiment, digest)
+        folder, resumed = find_or_create(results, experiment, digest, provenance.hash_in)
         _announce(folder, settings, resumed)
         begin(folder, settings, words, experiment)
         if settings[0].claims_from:

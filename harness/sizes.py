@@ -14,6 +14,7 @@ _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?|)(B?)")
 LARGEST_CONTEXT_TOKENS = 1 << 40
 GIB = 1 << 30
 MIB = 1 << 20
+KIB = 1 << 10
 
 
 class BadValue(ValueError):
@@ -72,6 +73,18 @@ def gib(nbytes: float | None) -> str:
 def mib(nbytes: float | None) -> str:
     """Bytes of the scale model: ``743.0 MiB``."""
     return "" if nbytes is None else f"{nbytes / MIB:.1f} MiB"
+
+
+def gib_or_less(nbytes: float | None) -> str:
+    """:func:`gib`, but a smaller unit for bytes that it would round to nothing."""
+    return mib_or_less(nbytes) if 0 < (nbytes or 0) < 0.005 * GIB else gib(nbytes)
+
+
+def mib_or_less(nbytes: float | None) -> str:
+    """:func:`mib`, but a smaller unit for bytes that it would round to nothing: ``24.0 KiB``."""
+    if nbytes is None or not 0 < nbytes < 0.05 * MIB:
+        return mib(nbytes)
+    return f"{nbytes / KIB:.1f} KiB" if nbytes >= KIB else f"{nbytes:.0f} B"
 
 
 def printable(text: object) -> str:

@@ -176,12 +176,16 @@ def gib(nbytes: float) -> str:
 
 
 def scaled_bytes(nbytes: float, scale: float) -> str:
-    """``80.04 GiB``; of the scale model its own MiB, the modelled device's GiB in brackets."""
+    """``80.04 GiB``; of the scale model its own MiB, the modelled device's GiB in brackets.
+
+    What these would round to nothing has a smaller unit.
+    """
     if not known(nbytes):
         return EMPTY
     if not known(scale) or scale == 1:
-        return gib(nbytes)
-    return f"{nbytes / MIB:.2f} MiB ({gib(nbytes * scale)})"
+        return sizes.gib_or_less(nbytes)
+    own = sizes.mib_or_less(nbytes) if 0 < nbytes < 0.005 * MIB else f"{nbytes / MIB:.2f} MiB"
+    return f"{own} ({sizes.gib_or_less(nbytes * scale)})"
 
 
 def tokens(count: float) -> str:

@@ -24,7 +24,9 @@ from harness.settings import Settings, TrialOptions
 from harness.sizes import BadValue, parse_bytes, parse_tokens
 from harness.workload_keys import ACCOUNTED, ACCOUNTED_PAGE_TOKENS, workload_keys
 
-FAULTS = ("none segfault hang kill exception hidden_allocation host_oom kill_harness").split()
+FAULTS = (
+    "none segfault hang kill exception hidden_allocation host_oom kill_harness flipped_signs"
+).split()
 FAULT_PHASES = ("context", "weights", "tables", "pool", "workspace", "fill", "decode")
 PAGE_TOKENS = (16, 32, 64, 128)  # of the kernels
 # Keys of a strategy that are sizes of the modelled device, typed as text.
@@ -275,6 +277,8 @@ def _fault(conf: DictConfig) -> dict[str, Any]:
     if conf.kind == "hidden_allocation":
         nbytes = parse_bytes(conf.bytes, "fault.bytes")
         _choice("fault.phase", conf.phase, FAULT_PHASES[1:])  # there is no device before
+    if conf.kind == "flipped_signs":
+        _choice("fault.phase", conf.phase, FAULT_PHASES[-1:])
     fault = {"kind": str(conf.kind), "phase": str(conf.phase), "bytes": nbytes}
     if conf.rank is None:
         return fault

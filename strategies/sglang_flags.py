@@ -15,7 +15,7 @@ from strategies.engine_model import (
     is_share,
     nvml_total_mib,
 )
-from strategies.sglang_tables import VERSIONS, at_least, piecewise_sizes
+from strategies.sglang_tables import VERSIONS, at_least, longest_piece, piecewise_sizes
 
 # Whose window layers get a pool of their own (configs/model_config.py:1660-1675@0.5.12.post1).
 HYBRID_ARCHITECTURES = (
@@ -94,7 +94,7 @@ def resolve(
     chunk, max_bs = _capacity_defaults(flags, nvml_mib, model.tensor_parallel)
     pieces = 0
     if at_least(flags.version, "0.5.12.post1") and not flags.disable_piecewise_cuda_graph:
-        pieces = piecewise_sizes(min(chunk, flags.max_total_tokens or chunk))
+        pieces = piecewise_sizes(longest_piece(flags, chunk))
     fraction = flags.mem_fraction_static
     if fraction is None:
         fraction = default_fraction(

@@ -178,6 +178,11 @@ def decode_graph_batches(
     return sorted({s for s in sizes if 0 < s <= limit})
 
 
+def longest_piece(flags: SGLangFlags, chunk: int) -> int:
+    """Tokens of the longest piece that is captured: a prefill chunk, or all a pool may hold."""
+    return min(chunk, flags.max_total_tokens or chunk)
+
+
 def piecewise_sizes(max_tokens: int) -> int:
     """How many prefill token counts get a piecewise graph (``server_args.py:1657-1675@0.5.12``)."""
     sizes = [*range(4, 33, 4), *range(48, 257, 16), *range(288, 513, 32), *range(576, 1025, 64)]
@@ -275,7 +280,6 @@ def graph_buffers(
         source = "measured@0.5.12.post1"
         items.append(Item("workspace", "decode_cuda_graphs", pieces, source))
     if settings.piecewise_sizes:
-        chunk = settings.chunked_prefill_size
-        chunk = min(chunk, flags.max_total_tokens or chunk)
-        items.append(piecewise_graphs(model, settings.piecewise_sizes, chunk))
+        longest = longest_piece(flags, settings.chunked_prefill_size)
+        items.append(piecewise_graphs(model, settings.piecewise_sizes, longest))
     return items

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from harness.engines.adapters.recorder import VERSIONS
+from harness.engines.adapters.versions import VERSIONS
 from harness.planner_engines import ENGINES
 from harness.sizes import BadValue
 

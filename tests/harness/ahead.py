@@ -118,7 +118,8 @@ def _nodes(folder: Path) -> tuple[list[int], list[str], Path]:
 def _layouts(folder: Path) -> dict[str, list[tuple[float, ...]]]:
     """Of every layout (tensor x context ranks), what each rank came to.
 
-    Its error against both references, and the collectives that it entered and left.
+    Its error against both references, the collectives that it entered and left, and whether the
+    gate of a timed step passed one with its exchange and one without.
     """
     done = subprocess.run(
         [sys.executable, "-m", "tests.harness.gloo_ranks", str(folder)],

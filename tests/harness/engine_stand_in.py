@@ -103,7 +103,7 @@ def run_adapter(memory: Memory, adapter: str, moved: bool) -> None:
     import runpy
 
     import made_up_engines
-    from recorder import VERSIONS
+    from versions import VERSIONS
 
     engine = os.path.basename(adapter).removeprefix("start_").removesuffix(".py")
     getattr(made_up_engines, engine)(memory, VERSIONS[engine][-1], moved)
@@ -126,7 +126,8 @@ def main(behaviour: str, adapter: str) -> None:
     if behaviour.startswith("adapter"):
         run_adapter(memory, adapter, moved=behaviour == "adapter_moved")
     from awaited import awaited_spec
-    from recorder import VERSIONS, Recorder
+    from recorder import Recorder
+    from versions import VERSIONS
 
     recorder = Recorder(awaited_spec()[0], "sglang")
     with recorder.guarded(("Not enough memory",), name_of, lambda: {"kv_pool": 96}):

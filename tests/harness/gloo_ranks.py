@@ -18,9 +18,10 @@ import torch.distributed as dist
 from harness.model_spec import ModelSpec
 from harness.ranks import Place, share_tokens
 from harness.ranks_buffers import make_buffers
+from harness.ranks_exchange import Exchange, project
+from harness.ranks_gate import check_step
 from harness.ranks_group import Collectives, Sizes
 from harness.ranks_pulse import Counters
-from harness.ranks_step import Exchange, project
 from kernels import ops
 from kernels.reference import attention, dequantise, quantise
 from strategies.device_host import HostDevice
@@ -76,8 +77,11 @@ def filled(place: Place) -> Paged:
     return strategy
 
 
-def step(place: Place, counters: Counters) -> torch.Tensor:
-    """One decode step: attention, merge over pages, sum over heads; ``[S, hidden]``."""
+def step(place: Place, counters: Counters) -> tuple[torch.Tensor, bool, bool]:
+    """One decode step: attention, merge over pages, sum over heads; ``[S, hidden]``.
+
+    With it, whether its gate passes the exchange as it is timed, and one that did not happen.
+    """
     strategy = filled(place)
     view = strategy.batch(range(len(LENGTHS)))[0]
     width = MODEL.q_heads(place.tensor_ranks)
@@ -89,7 +93,13 @@ def step(place: Place, counters: Counters) -> torch.Tensor:
     exchange = Exchange(group, sizes, make_buffers(view, sizes, group.context_size, None))
     merged, _ = exchange.merge(out, lse)
     project(merged, place.tensor_index, exchange.buffers.hidden)
-    return exchange.reduce()
+    reduced = exchange.reduce().clone()
+    exchange.forget()
+    hollow = check_step(exchange, out, lse, sizes.step_bytes)
+    before = group.moved_bytes
+    exchange(out, lse)
+    whole = check_step(exchange, out, lse, group.moved_bytes - before)
+    return reduced, whole.passed, hollow.passed
 
 
 def rank_process(place: Place, store: Path, result: Path) -> None:
@@ -102,13 +112,16 @@ def rank_process(place: Place, store: Path, result: Path) -> None:
         timeout=timedelta(seconds=60),
     )
     counters = Counters()
-    torch.save((step(place, counters), counters.entered, counters.left), result)
+    reduced, *passed = step(place, counters)
+    torch.save((reduced, counters.entered, counters.left, *passed), result)
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_layout(tensor: int, context: int, folder: Path) -> list[tuple[torch.Tensor, int, int]]:
-    """Every rank's reduced output, and the collectives that it entered and left."""
+def run_layout(
+    tensor: int, context: int, folder: Path
+) -> list[tuple[torch.Tensor, int, int, bool, bool]]:
+    """Every rank's reduced output, the collectives that it entered and left, what its gate said."""
     world = tensor * context
     results = [folder / f"out{rank}.pt" for rank in range(world)]
     children = []
@@ -141,8 +154,8 @@ def main(folder: Path) -> None:
     for tensor, context in LAYOUTS:
         own = folder / f"{tensor}x{context}"
         own.mkdir()
-        for out, *counted in run_layout(tensor, context, own):
-            print(tensor, context, relative(out, stored), relative(out, values), *counted)
+        for out, *seen in run_layout(tensor, context, own):
+            print(tensor, context, relative(out, stored), relative(out, values), *map(int, seen))
 
 
 if __name__ == "__main__":

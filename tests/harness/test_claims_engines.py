@@ -162,6 +162,15 @@ def test_pools_are_counted_as_the_engine_counts_them():
     assert f"are alike ({size:,} and {size + 1:,} tokens at 24 KiB a token)" in found
 
 
+def test_c11_names_the_models_of_which_only_the_emulation_was_started():
+    real = [r | {"engine_version": "0.23.0", "capacity_bytes": None} for r in vllm(flat=REFUSED)]
+    alone = row("vllm") | {"model": "another"}
+    found = verdict("C11", [*real, *vllm(), alone])
+    told, _, beside = found["condition"].partition("Emulated only: ")
+    assert "another" not in told and beside.startswith("starts: another (")
+    assert "does not: " in told and found["trials"][-1] == alone["trial_id"]
+
+
 def test_c11_says_what_does_not_fit():
     refused = REFUSED | {"oom_requested_bytes": 228 * GIB, "oom_free_bytes": 125 * GIB}
     found = verdict("C11", vllm(flat=refused))["condition"]

@@ -22,9 +22,10 @@ def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, cap
 
     own = rows(folder)
     assert own == rows(ten_million.folder) + rows(timed.folder)  # each once, with its run's name
-    # Ledger events, timings and figures stay where they are: in the runs' own folders.
+    # Ledger events, timings and their figures stay where they are: in the runs' own folders.
     assert table(folder / "timeline.csv") == [] and (folder / "samples.jsonl").read_text() == ""
-    assert not (folder / "figures").exists()
+    drawn = {"verdicts.png", "verdicts.svg"}
+    assert {p.name for p in (folder / "figures").iterdir()} == drawn
 
     told = {c["id"]: c for c in read_json(folder / "summary.json")["claims"]}
     first = {c["id"]: c for c in read_json(ten_million.folder / "summary.json")["claims"]}
@@ -44,11 +45,12 @@ def test_rows_of_earlier_runs_are_judged_again(ten_million, timed, tmp_path, cap
     assert all(t in carried for t in told["C2"]["trials"])
     judged = load_run(folder)
     assert judged.of_earlier_runs and not load_run(timed.folder).of_earlier_runs
-    assert figures_of(judged) == {}
+    assert list(figures_of(judged)) == ["verdicts"]
     found = check_run(judged)
     assert (found["samples"].outcome, found["samples"].reason) == ("n.a.", "rows of earlier runs")
     assert found["schema"].outcome == "pass", found["schema"].reason
-    assert write_report([judged]) and not (folder / "figures").exists()
+    assert write_report([judged])
+    assert {p.name for p in (folder / "figures").iterdir()} == drawn
 
 
 def test_folders_that_are_no_runs(ten_million, tmp_path, capsys):

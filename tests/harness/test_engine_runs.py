@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from harness import forecast, run
+from harness import forecast, provenance, run
 from harness.arms import settings_of_command
-from harness.folder import Outcome, RunFolder
+from harness.folder import Outcome, RunFolder, find_or_create
 from harness.progress import Progress
 from harness.rows import identity
+from harness.session import begin
 
 WORDS = ["hardware=h200", "experiment=real_engines"]
 POINT = ("vllm", "report", False)
@@ -66,6 +67,41 @@ def test_nothing_is_started_twice(ran):
     folder, order = ran(points)
     again, more = ran(points)
     assert len(more) == len(order) and len(again.rows) == len(folder.rows)
+
+
+def test_another_card_of_the_kind_takes_up_a_run_that_was_left(tmp_path):
+    """Minutes of a lent machine end; what was measured there stays."""
+    here = arms()[:2]
+    there = [replace(s, hardware=replace(s.hardware, uuid="GPU-2", free_bytes=1)) for s in here]
+    assert provenance.config_hash(here) == provenance.config_hash(there)
+    ours = [replace(s, engine={}) for s in there]
+    assert provenance.config_hash(ours) != provenance.config_hash(
+        [replace(s, engine={}) for s in here]
+    )
+
+    folder, resumed = find_or_create(tmp_path, "real_engines", "0" * 16, provenance.hash_in)
+    begin(folder, here, WORDS, "real_engines")
+    folder.close()
+    said = folder.manifest()
+    assert not resumed and said["config_hash"] == provenance.config_hash(here)
+    # As it was written when another rule hashed it.
+    folder.write_json("manifest.json", said | {"config_hash": "f" * 16})
+    digest = provenance.config_hash(there)
+    assert not find_or_create(tmp_path, "real_engines", digest)[1]
+    found, resumed = find_or_create(tmp_path, "real_engines", digest, provenance.hash_in)
+    assert resumed and found.path == folder.path
+    found.close()
+    other = provenance.config_hash(there[:1])
+    assert not find_or_create(tmp_path, "real_engines", other, provenance.hash_in)[1]
+    folder.write_json("manifest.json", folder.manifest() | {"finished_utc": "x"})
+    assert not find_or_create(tmp_path, "real_engines", digest, provenance.hash_in)[1]
+
+
+@pytest.mark.parametrize("text", ["", "{", "arms: 3", "arms: [{}]", "- 1", "\0", "arms: [[]]"])
+def test_a_folder_whose_configuration_cannot_be_read_has_no_hash(tmp_path, text):
+    assert provenance.hash_in(tmp_path) == ""
+    (tmp_path / "config.yaml").write_text(text)
+    assert provenance.hash_in(tmp_path) == ""
 
 
 def brackets():

@@ -17,9 +17,11 @@ from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
 
 from harness import cluster, lock
+from harness.cli import main
 from harness.cluster import first_free, split_words
 from harness.compose import compose_config
 from harness.hardware import Hardware
+from harness.launcher_keys import check_launcher
 from harness.runs import load_run
 from harness.sizes import BadValue
 from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, start
@@ -91,6 +93,43 @@ def test_words_about_launchers_are_told_apart():
 def test_a_launcher_that_is_not_there_is_refused(words):
     with pytest.raises(BadValue, match=r"^hydra/launcher="):
         split_words(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("processes n_jobs=x", "n_jobs=x: not allowed; allowed: a whole number"),
+        ("processes n_jobs=0", "n_jobs=0: not allowed; allowed: jobs at a time, 1 or more"),
+        ("processes nope=1", "nope=1: not allowed; allowed: keys of hydra/launcher=processes: "),
+        ("processes _target_=os.system", "_target_=os.system: not allowed; allowed: keys of "),
+        ("submitit timeout_min=-3", "timeout_min=-3: not allowed; allowed: 1 or more"),
+        ("basic n_jobs=2", "n_jobs=2: not allowed; allowed: keys of hydra/launcher=basic: none"),
+    ],
+)
+def test_a_launcher_s_key_is_refused_before_anything_is_written(words, said, tmp_path, capsys):
+    name, word = words.split()
+    if module := cluster.PLUGINS[name][0]:
+        pytest.importorskip(f"hydra_plugins.{module}")
+    launcher = [f"hydra/launcher={name}", f"hydra.launcher.{word}"]
+    assert main([*SWEEP, *launcher, f"results={tmp_path / 'runs'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"harness: hydra.launcher.{said}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_slurm_is_refused_where_there_is_none(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*SWEEP, "hydra/launcher=slurm", f"results={tmp_path / 'runs'}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("harness: hydra/launcher=slurm: not allowed; allowed: where srun is")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("word", ["n_jobs=-1", "n_jobs=4", "timeout=null", "verbose=0"])
+def test_a_launcher_s_key_that_it_takes_passes(word):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    check_launcher(["hydra/launcher=processes", f"hydra.launcher.{word}"])
 
 
 def test_a_missing_plugin_is_named(monkeypatch):

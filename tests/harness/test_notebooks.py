@@ -28,6 +28,15 @@ def test_a_notebook_has_one_variable_and_no_logic(path):
         assert not any(isinstance(node, banned) for node in ast.walk(tree)), code
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_a_notebook_is_committed_executed_in_order_with_pictures(path):
+    cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
+    assert [c["execution_count"] for c in cells] == list(range(1, len(cells) + 1))
+    outputs = [o for c in cells for o in c["outputs"]]
+    assert not any(o["output_type"] == "error" or o.get("name") == "stderr" for o in outputs)
+    assert any("image/png" in o.get("data", {}) for o in outputs)
+
+
 @pytest.mark.beside
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_a_notebook_runs_and_shows_its_figures(path, tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from harness import style
 from harness.columns import TIMELINE_COLUMNS
@@ -19,6 +20,7 @@ from harness.plots_phases import figure_phases, stack_of, whole_ledgers
 from harness.plots_scaling import SPLITS
 from harness.plots_sharing import SHARES
 from harness.plots_throughput import figure_throughput
+from harness.plots_verdicts import figure_verdicts
 from harness.runs import RunError, frame
 from harness.series import STRATEGIES, series
 from harness.sizes import GIB
@@ -119,11 +121,12 @@ def test_every_other_end_is_marked_and_named(status):
     assert style.ENDS[status][1] in legend(figure)
 
 
-def test_the_capacity_is_drawn_where_the_device_ends():
-    row = cell("paged", 1_000_000, 1.0)
+@pytest.mark.parametrize("scale", [1, 192])
+def test_the_capacity_is_drawn_where_the_modelled_device_ends(scale):
+    row = cell("paged", 1_000_000, 1.0, scale=scale)
     figure = figure_memory(frame([row]))
     heights = {line.get_ydata()[0] for line in figure.axes[0].lines if line.get_label()[0] == "_"}
-    assert row["capacity_bytes"] / GIB in heights
+    assert row["capacity_bytes"] * scale / GIB in heights
 
 
 def test_a_single_point_is_drawn_with_a_marker():
@@ -131,6 +134,13 @@ def test_a_single_point_is_drawn_with_a_marker():
     (curve,) = [line for line in figure.axes[0].lines if line.get_marker() == "o"]
     assert len(curve.get_xdata()) == 1
     assert legend(figure)[0] == "paged"
+
+
+def test_a_single_timed_point_is_drawn_in_both_panels():
+    rows = [cell("paged", 1_000_000, 1.0), cell("static", 1_000_000, 1.0)]
+    for axes in figure_throughput(frame(rows)).axes:
+        lengths = [len(c.lines[0].get_xdata()) for c in axes.containers]
+        assert lengths == [1, 1]
 
 
 def test_bracket_trials_do_not_hide_behind_points_nor_vanish_alone():
@@ -229,12 +239,40 @@ def test_a_run_gets_a_png_and_an_svg_of_each_figure(tmp_path):
     assert {p.name for p in paths} == {f"{n}.{kind}" for n in names for kind in ("png", "svg")}
     assert set(names) <= set(TITLES)
     assert all(p.parent == tmp_path / "figures" for p in paths)
+    for path in paths:
+        if path.suffix == ".png":  # one column of a paper, sharp in print
+            width, height = Image.open(path).size
+            assert abs(width / 300 - 3.4) < 0.02 and 1 < height / 300 < 9
 
 
 def test_the_same_rows_give_the_same_bytes(tmp_path):
     rows = frame([cell("paged", 1_000_000, 1.0)])
     first, second = (style.save(figure_memory(rows), tmp_path / n, "m") for n in ("a", "b"))
     assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+
+
+def test_every_claim_is_a_line_with_its_verdict():
+    claims = [
+        {"id": f"C{n}", "claim": f"{'long ' * 5 * n}$x$ {n}", "verdict": verdict, "basis": basis}
+        for n, (verdict, basis) in enumerate(
+            [
+                ("supported", "measured here"),
+                ("refuted", "planned"),
+                ("conditional", "emulated; measured on the engine"),
+                ("undecided", ""),
+                ("invented", "scale model"),
+            ]
+        )
+    ]
+    figure = figure_verdicts(claims)
+    said = " ".join(texts(figure)).replace("\n", " ")
+    assert all(c["id"] in said and c["claim"].strip().replace("$", r"\$") in said for c in claims)
+    assert "Hollow" in said and "invented" not in said and said.count("undecided") == 2
+    marks = [line for line in figure.axes[0].lines if line.get_marker() != "None"]
+    filled = [line.get_markerfacecolor() != "white" for line in marks]
+    assert filled == [True, False, True, False, False]
+    assert len({line.get_marker() for line in marks}) == 4
+    assert "Hollow" not in " ".join(texts(figure_verdicts(claims[:1])))
 
 
 def test_no_rows_make_no_figure():

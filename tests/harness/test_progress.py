@@ -12,6 +12,7 @@ from harness.cell import Cell
 from harness.progress import Progress, row_line
 from harness.rows import identity
 from harness.session import scales
+from harness.tabular import scaled_bytes
 
 HOST = "hardware=scale_model"
 
@@ -81,11 +82,24 @@ def test_the_rank_that_ended_a_trial_is_named():
     asked = {"oom_requested_bytes": 192 << 20, "oom_free_bytes": 0, "oom_allocation": "kv_pages"}
     oom = row_of(settings, status="oom", failed_rank=3, oom_phase="fill", **asked)
     assert " oom      on rank 3 in fill: kv_pages asked " in row_line(oom)
-    why = "killed after 4 s: rank 1 had not answered since pool began"
-    late = row_of(settings, status="timeout", failed_rank=1, oom_phase="pool", error=why)
-    assert row_line(late).endswith(f" timeout  on rank 1 in pool: {why}")
-    assert "on rank" not in row_line(late | {"failed_rank": None})
-    assert "on rank" not in row_line(late | {"failed_rank": 0, "world_size": 1})
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "scale", "line", "table"),
+    [
+        (512, 192, "512 B", "512 B (0.1 MiB)"),
+        (24 << 10, 192, "24.0 KiB", "0.02 MiB (4.5 MiB)"),
+        (352 << 10, 192, "0.3 MiB", "0.34 MiB (0.06 GiB)"),
+        (2 << 20, 1, "2.0 MiB", "2.0 MiB"),
+        (66 << 20, 1, "0.06 GiB", "0.06 GiB"),
+    ],
+)
+def test_bytes_that_were_refused_are_never_told_as_nothing(nbytes, scale, line, table):
+    (settings,) = settings_of("strategy=paged")
+    asked = {"oom_requested_bytes": nbytes, "oom_free_bytes": 0, "oom_allocation": "kv_pages"}
+    oom = row_of(settings, status="oom", oom_phase="fill", scale=scale, **asked)
+    assert f" asked {line}, 0.0" in row_line(oom)
+    assert scaled_bytes(nbytes, scale) == table
 
 
 def test_an_engine_itself_is_named_so():

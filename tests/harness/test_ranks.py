@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.ranks import Launched, Place, all_tokens, launched, share_tokens
+from harness.ranks import BadLaunch, Launched, Place, all_tokens, launched, share_tokens
 from harness.ranks_control import Alone, Control, EndedByPeer
 from harness.ranks_ends import ENDED_BY_PEER, Failure, settle
 from harness.ranks_summary import complete, held_tokens, per_trial
@@ -79,12 +79,18 @@ def test_a_launcher_is_read_from_the_environment():
         ({"RANK": "4"}, "RANK"),
         ({"MASTER_ADDR": ""}, "MASTER_ADDR"),
         ({"WORLD_SIZE": "-1"}, "WORLD_SIZE"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "WORLD_SIZE"),
+        ({"RANK": "-1"}, "RANK"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT"),
+        ({"MASTER_PORT": "0"}, "MASTER_PORT"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT"),
     ],
 )
 def test_a_launcher_that_contradicts_itself_is_refused(wrong, key):
     env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
     env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    with pytest.raises(BadValue, match=f"^{key}="):
+    with pytest.raises(BadLaunch, match=f"^{key}="):
         launched(env | wrong)
 
 

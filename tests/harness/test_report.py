@@ -252,13 +252,24 @@ def test_in_a_real_browser_the_table_sorts_and_figures_show(run, tmp_path):
         r => parseFloat(r.cells[column].textContent));
       const click = () => table.querySelectorAll("th button")[column].click();
       click(); const up = read(); click(); const down = read();
-      document.title = JSON.stringify({up, down,
+      const mine = document.getElementById("ours");
+      const shown = column => [...mine.tBodies[0].rows].map(r => r.cells[column].textContent);
+      const sorted = column => {
+        mine.querySelectorAll("th button")[column].click(); return shown(column); };
+      const sizes = sorted(0), falling = sorted(0), words = sorted(1);
+      document.title = JSON.stringify({up, down, sizes, falling, words,
         shown: [...document.images].every(i => i.complete && i.naturalWidth > 0),
         wide: document.documentElement.scrollWidth > window.innerWidth});
     </script></body>"""
+    contexts = ["2M", "128Ki", "", "999K", "5,896,704", "≥ 10M", "1Mi", "x"]
+    cells = "".join(f"<tr><td class=number>{c}</td><td>{c}</td></tr>" for c in contexts)
+    heads = "<tr><th><button>n</button></th><th><button>t</button></th></tr>"
+    ours = f"<table class=sortable id=ours><thead>{heads}</thead><tbody>{cells}</tbody></table>"
     policy = re.search(r'<meta http-equiv="Content-Security-Policy"[^>]*>', page)[0]
     assert "default-src 'none'" in policy
-    (tmp_path / "page.html").write_text(page.replace(policy, "").replace("</body>", probe))
+    page = page.replace(policy, "").replace("<body>", f"<body>{ours}", 1)
+    assert ours in page
+    (tmp_path / "page.html").write_text(page.replace("</body>", probe))
     shell = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,900"]
     shell += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000", "--dump-dom"]
     out = subprocess.run(
@@ -269,4 +280,8 @@ def test_in_a_real_browser_the_table_sorts_and_figures_show(run, tmp_path):
     state = json.loads(found[1].replace("&quot;", '"'))
     assert state["up"] == sorted(state["up"]) and state["down"] == sorted(state["up"])[::-1]
     assert len(set(state["up"])) > 3
+    rising = ["128Ki", "999K", "1Mi", "2M", "5,896,704", "≥ 10M"]
+    assert state["sizes"][:6] == rising and state["falling"][:6] == rising[::-1]
+    assert set(state["sizes"][6:]) == set(state["falling"][6:]) == {"", "x"}  # no figure: last
+    assert sorted(state["words"]) == sorted(contexts) and state["words"].index("x") > 5
     assert state["shown"] and not state["wide"]

@@ -5,15 +5,18 @@ from __future__ import annotations
 import pytest
 
 from harness.cell import Cell
+from harness.claims import decide
 from harness.claims_planned import context_parallelism
+from harness.earlier import read_runs
 from harness.evidence import Evidence
 from harness.forecast import context_beyond_capacity
 from harness.launch import Job, run_job
 from harness.plots_scaling import figure_capacity_over_ranks
 from harness.ranks_scaling import gains, scaling, scaling_table
+from harness.ranks_summary import per_trial
 from harness.runs import load_run
 from harness.validate import compose_settings
-from tests.harness.ranks_fixture import ranks, rows_of
+from tests.harness.ranks_fixture import ROOT, ranks, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +99,23 @@ def test_c19_is_decided_by_ranks_that_ran():
     before = context_parallelism(Evidence(rows))
     assert before.basis == "planned"
     measured = context_parallelism(Evidence([r | {"basis": "measured"} for r in rows]))
-    assert measured.basis == ""
+    assert measured.basis == "planned"  # of the models beside: the rows' own comes before it
+    assert measured.condition.endswith("; planned: llama4_scout 1.00x, qwen3_next_80b 4.00x")
     assert measured.verdict == "conditional"
     assert measured.measured == pytest.approx(2, rel=0.03)
     assert len(measured.rows) == 4
+
+
+def test_c19_names_the_rows_of_the_committed_ranks():
+    folder = str(ROOT / "results" / "reference" / "scale_model_scaling")
+    rows = read_runs([folder], rows_only=True).rows
+    (told,) = [c for c in decide(per_trial(rows)) if c["id"] == "C19"]
+    assert told["basis"] == "scale model; planned"
+    assert "qwen3_30b_a3b 2.00x on 8 ranks, report 1.00x on 8 ranks; planned: " in told["condition"]
+    assert told["measured"] == 2.0
+    behind = {r["trial_id"]: r for r in per_trial(rows)}
+    assert {behind[t]["world_size"] for t in told["trials"]} == {8}
+    assert len(told["trials"]) == 4
 
 
 def test_one_number_of_ranks_makes_no_table():

@@ -8,34 +8,26 @@ from __future__ import annotations
 
 import contextlib
 import json
-import linecache
 import os
-import re
 import sys
 import threading
 import time
 import traceback
+
+from stacks import asked, causes, held, traceback_frames, where
+from versions import VERSIONS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-# Versions whose internals the adapters know; the last one is what `pip install` lines name.
-VERSIONS = {"sglang": ("0.5.12.post1",), "vllm": ("0.23.0",)}
-MIB = 1 << 20
+    from stacks import Frames
+
 POLL_SECONDS = 0.02
-HELD_LEAST_BYTES = 16 * MIB
-HELD_LINES = 24
 MESSAGE_CHARS = 2000
 HISTORY_ENTRIES = 400_000
 DEFAULT_POOL = (0, 0)  # where torch keeps what is no graph's
-# Frames of these files only pass an allocation on.
-_PASSING = ("/torch/", "<frozen", "/contextlib.py", "/threading.py", "/runpy.py", "??")
-_NAME = re.compile(r"""(?:self\.(\w+)\s*(?::[^=]+)?=[^=]|["'](\w+)["']\s*:)""")
-_ASKED = re.compile(r"Tried to allocate ([\d.]+) (KiB|MiB|GiB)")
-_FREE = re.compile(r"of which ([\d.]+) (KiB|MiB|GiB) is free")
-_UNITS = {"KiB": 1 << 10, "MiB": MIB, "GiB": 1 << 30}
 
 
 class Moved(Exception):
@@ -169,7 +161,7 @@ class Recorder:
         torch.cuda.synchronize()
         self._stop = True
         reading = self.reading()
-        self.emit("held", lines=self.held())
+        self.emit("held", lines=held(self.engine))
         self.emit("ready", nvml_peak_bytes=self._peak, **reading, **fields)
 
     # -- meters ---------------------------------------------------------------------------------
@@ -250,7 +242,7 @@ class Recorder:
     def guarded(
         self,
         refusals: tuple[str, ...],
-        name_of: Callable[[list[dict[str, Any]]], str],
+        name_of: Callable[[Frames], str],
         on_failure: Callable[[], dict[str, int]],
     ) -> Iterator[None]:
         """Turn whatever a start raises into a ``failed`` record.
@@ -278,94 +270,46 @@ class Recorder:
         self,
         error: BaseException,
         refusals: tuple[str, ...],
-        name_of: Callable[[list[dict[str, Any]]], str],
+        name_of: Callable[[Frames], str],
         pieces: dict[str, int],
     ) -> None:
-        chain = list(_causes(error))
+        chain = list(causes(error))
         root = next((e for e in chain if type(e).__name__ == "OutOfMemoryError"), None)
         how = "oom" if root is not None else "crash"
         refused = next((e for e in chain if str(e).startswith(refusals)), None)
         if root is None and refused is not None:
             root, how = refused, "refused"
         root = root or error
-        frames = _traceback(root)
+        frames = traceback_frames(root)
         fields: dict[str, Any] = {}
         with contextlib.suppress(Exception):
             fields |= self.reading()
         if how == "oom":
-            fields |= self._asked(str(root))
+            fields |= asked(str(root))
             recorded = fields.pop("frames", None)
             frames = recorded or frames
             name = fields["allocation"] = name_of(frames)
             if name in pieces and "asked_bytes" in fields:
                 fields["whole_bytes"] = pieces[name] * fields["asked_bytes"]
         with contextlib.suppress(Exception):
-            self.emit("held", lines=self.held(name_of))
+            self.emit("held", lines=held(self.engine, name_of))
         self.emit(
             "failed",
             how=how,
             error_type=type(root).__name__,
             message=str(root)[:MESSAGE_CHARS],
-            where=self._where(frames[0]) if frames else "",
-            stack=[self._where(f) for f in frames[:8]],
+            where=where(frames[0], self.engine) if frames else "",
+            stack=[where(f, self.engine) for f in frames[:8]],
             nvml_peak_bytes=self._peak,
             **fields,
         )
-
-    def _asked(self, message: str) -> dict[str, Any]:
-        """Bytes that an allocation asked for and that were free, exactly where torch tells."""
-        found: dict[str, Any] = {}
-        for key, pattern in (("asked_bytes", _ASKED), ("free_bytes", _FREE)):
-            said = pattern.search(message)
-            if said:
-                found[key] = int(float(said[1]) * _UNITS[said[2]])
-        with contextlib.suppress(Exception):
-            import torch
-
-            traces = torch.cuda.memory._snapshot()["device_traces"]
-            last = [e for trace in traces for e in trace if e["action"] == "oom"][-1]
-            found["asked_bytes"] = int(last["size"])
-            if last.get("device_free") is not None:
-                found["free_bytes"] = int(last["device_free"])
-            found["frames"] = _own(last.get("frames", []))
-        return found
-
-    def held(
-        self, name_of: Callable[[list[dict[str, Any]]], str] | None = None
-    ) -> list[dict[str, Any]]:
-        """Live allocations by source line, largest first, from torch's own snapshot."""
-        import torch
-
-        groups: dict[tuple[str, ...], dict[str, Any]] = {}
-        for segment in torch.cuda.memory._snapshot()["segments"]:
-            for block in segment["blocks"]:
-                if block["state"] != "active_allocated":
-                    continue
-                frames = _own(block.get("frames", []))
-                stack = tuple(self._where(f) for f in frames[:4])
-                one = groups.setdefault(
-                    stack, {"bytes": 0, "count": 0, "name": name_of(frames) if name_of else ""}
-                )
-                one["bytes"] += int(block.get("requested_size", block["size"]))
-                one["count"] += 1
-        lines = [
-            {"where": stack[0] if stack else "unknown", "stack": list(stack), **one}
-            for stack, one in groups.items()
-            if one["bytes"] >= HELD_LEAST_BYTES
-        ]
-        return sorted(lines, key=lambda line: -line["bytes"])[:HELD_LINES]
-
-    def _where(self, frame: dict[str, Any]) -> str:
-        path = str(frame["filename"])
-        _, found, rest = path.rpartition(f"/{self.engine}/")
-        return f"{rest if found else os.path.basename(path)}:{frame['line']} {frame['name']}"
 
 
 def record_start(
     engine: str,
     make: Callable[[Recorder], Any],
     refusals: tuple[str, ...],
-    name_of: Callable[[list[dict[str, Any]]], str],
+    name_of: Callable[[Frames], str],
 ) -> None:
     """Start the engine that the awaited spec describes, and end; the records say how it went.
 
@@ -390,36 +334,3 @@ def record_start(
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # threads and the engine's own children are ended by our keeper
-
-
-def source_line(frames: list[dict[str, Any]]) -> str:
-    """Name an allocation that has no other name by where it stands."""
-    if not frames:
-        return ""
-    return f"{os.path.basename(str(frames[0]['filename']))}:{frames[0]['line']}"
-
-
-def source_name(frame: dict[str, Any]) -> str:
-    """What a line of source assigns: ``self.NAME = …`` or ``"NAME": …``; ``""`` for neither."""
-    text = linecache.getline(str(frame["filename"]), int(frame["line"]))
-    found = _NAME.search(text)
-    return (found[1] or found[2]) if found else ""
-
-
-def _own(frames: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Frames that are not torch's own, innermost first."""
-    return [f for f in frames if f["filename"] and not any(p in f["filename"] for p in _PASSING)]
-
-
-def _traceback(error: BaseException) -> list[dict[str, Any]]:
-    found = traceback.extract_tb(error.__traceback__)
-    return _own([{"filename": f.filename, "line": f.lineno, "name": f.name} for f in found[::-1]])
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    at: BaseException | None = error
-    while at is not None and id(at) not in seen:
-        seen.add(id(at))
-        yield at
-        at = at.__cause__ or at.__context__

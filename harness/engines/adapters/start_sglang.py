@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 
-from recorder import MIB, record_start, source_line, source_name
+from recorder import record_start
+from stacks import MIB, source_line, source_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
