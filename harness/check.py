@@ -5,7 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from harness import check_brackets, check_memory, check_numbers, check_origin, check_rules
+from harness import (
+    check_brackets,
+    check_memory,
+    check_numbers,
+    check_origin,
+    check_rules,
+    check_summary,
+)
 from harness.arguments import OneLineParser
 from harness.check_rules import Result
 from harness.closed_pipe import ends_quietly
@@ -22,6 +29,8 @@ CHECKS: dict[str, Callable[[Run], Result]] = {
     "repeatability": check_numbers.repeatability,
     "brackets": check_brackets.brackets,
     "samples": check_numbers.samples,
+    "rates": check_summary.rates,
+    "summary": check_summary.summary,
     "tree": check_origin.tree,
     "identity": check_origin.identity,
     "one gpu": check_origin.one_gpu,

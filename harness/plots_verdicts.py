@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 
 from harness import style
 from harness.evidence import CONDITIONAL, REFUTED, SUPPORTED, UNDECIDED
+from harness.tabular import EMPTY
 
 # Colours that no strategy has.
 LOOKS = {
@@ -39,7 +40,7 @@ def figure_verdicts(claims: Sequence[dict[str, Any]]) -> Figure:
         As high as the claims need.
     """
     points = 72 * style.WIDTH_INCHES * (VERDICT_AT - CLAIM_AT - 0.02)
-    texts = [style.broken(str(c["claim"]), points, SIZE) for c in claims]
+    texts = [style.broken(str(c.get("claim") or EMPTY), points, SIZE) for c in claims]
     heights = [len(lines) * LINE_INCHES + GAP_INCHES for lines in texts]
     figure = style.new_figure(sum(heights) + 0.3)
     (axes,) = figure.axes
@@ -59,9 +60,9 @@ def measured(claim: dict[str, Any]) -> bool:
 
 
 def _line(axes: Any, claim: dict[str, Any], lines: list[str], y: float) -> None:  # noqa: ANN401
-    verdict = claim["verdict"] if claim["verdict"] in LOOKS else UNDECIDED
+    verdict = claim["verdict"] if claim.get("verdict") in LOOKS else UNDECIDED
     plain = {"va": "center", "fontsize": SIZE}
-    axes.text(0, y, style.plain(claim["id"]), **plain)
+    axes.text(0, y, style.plain(claim.get("id") or EMPTY), **plain)
     axes.text(CLAIM_AT, y, style.plain("\n".join(lines)), **plain)
     axes.add_line(_mark(verdict, measured(claim), VERDICT_AT, y))
     axes.text(VERDICT_AT + 0.025, y, verdict, **plain)

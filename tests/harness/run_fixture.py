@@ -10,11 +10,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from harness.claims import decide
 from harness.columns import COLUMNS, TIMELINE_COLUMNS, ordered
+from harness.ranks_summary import per_trial
 from harness.sizes import GIB
+from harness.summary import summarise
 
 GPU_UUID = "GPU-00000000-0000-4000-8000-000000000000"
 DEVICE_BYTES = 149_557_477_376
+CHUNK_BYTES = 66 * 2**20
 CONTEXTS = (100_000, 1_000_000, 5_000_000, 10_000_000)
 SAMPLED = {
     "decode": "attention_decode_step_ms",
@@ -76,7 +80,7 @@ def cell(strategy: str, context: int, fill: float, **given: Any) -> dict[str, An
     scale = given.get("scale", 1)
     repeat = given.get("repeat", 0)
     token = 24_576 // scale
-    chunk = 66 * 2**20 if scale == 1 else 352 * 1024
+    chunk = CHUNK_BYTES if scale == 1 else 352 * 1024
     rest = {k: n * GIB // scale for k, n in (("context", 1), ("weights", 4), ("workspace", 2))}
     capacity = DEVICE_BYTES // scale
     wanted = -(-context * token // chunk) * chunk
@@ -135,6 +139,7 @@ def cell(strategy: str, context: int, fill: float, **given: Any) -> dict[str, An
             "attention_decode_tokens_per_second": 1e3 / step_ms,
             "attention_prefill_chunk_ms": step_ms * 100,
             "attention_prefill_tokens_per_second": 2048e1 / step_ms,
+            "prefill_chunk_tokens": 2048,
             "decode_samples": 10,
             "gate_error": 0.01,
             "gate_lse_error": 1e-4,
@@ -187,16 +192,22 @@ def sweep(repeats: int = 2, **given: Any) -> list[dict[str, Any]]:
 
 def bracket() -> list[dict[str, Any]]:
     """The trials that close static's brackets: two fill it, then each end of start-up twice."""
-    held = {"status": "ok", "oom_phase": None, "oom_allocation": None, "resident_tokens": 5_800_000}
-    full = [
-        cell("static", 5_800_000, 1.0, repeat=n, purpose="resident", admitted="true", **held)
-        for n in range(2)
-    ]
+    pool = -(-5_800_000 * 24_576 // CHUNK_BYTES) * CHUNK_BYTES
+    good = {
+        "status": "ok",
+        "oom_phase": None,
+        "oom_allocation": None,
+        "kv_committed_bytes": pool,
+        "peak_device_bytes": 5 * GIB + pool,
+        "admitted": "true",
+    }
+    held = good | {"purpose": "resident", "resident_tokens": 5_800_000}
+    full = [cell("static", 5_800_000, 1.0, repeat=n, **held) for n in range(2)]
     starts = [
         cell("static", context, 1.0, repeat=repeat, purpose="bracket", **end)
         for repeat in range(2)
         for context, end in (
-            (5_800_000, {"status": "ok"}),
+            (5_800_000, good),
             (5_802_816, {"status": "oom", "oom_phase": "pool", "oom_allocation": "kv_pool"}),
         )
     ]
@@ -251,6 +262,11 @@ def write_run(
     (folder / "manifest.json").write_text(json.dumps(MANIFEST | manifest))
     (folder / "config.yaml").write_text("model:\n  name: report\nseed: 0\n")
     return folder
+
+
+def of_rows(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a run sums up of its rows."""
+    return summarise(rows, decide(per_trial(rows)))
 
 
 def _ten(row: dict[str, Any], column: str) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 
 import pytest
@@ -11,18 +10,25 @@ from harness import report
 from harness.check import check_run, main
 from harness.columns import ordered
 from harness.runs import load_run
-from tests.harness.run_fixture import MANIFEST, SUMMARY, bracket, cell, sweep, write_run
+from tests.harness import run_fixture
+from tests.harness.run_fixture import MANIFEST, bracket, cell, of_rows, sweep
+
+
+def write_run(folder, rows=None, summary=None, **manifest):
+    """A folder whose summary is that of its rows, as a run leaves it."""
+    rows = sweep() + bracket() if rows is None else rows
+    return run_fixture.write_run(folder, rows, summary or of_rows(rows), **manifest)
 
 
 def first_ok(rows):
     return next(r for r in rows if r["status"] == "ok" and r["attention_decode_step_ms"])
 
 
-def unexplained(rows, summary, manifest):
+def unexplained(rows, manifest):
     first_ok(rows)["unexplained_bytes"] = 1 << 40
 
 
-def no_reconciliation(rows, summary, manifest):
+def no_reconciliation(rows, manifest):
     first_ok(rows)["unexplained_bytes"] = None
 
 
@@ -30,54 +36,54 @@ def first_oom(rows):
     return next(r for r in rows if r["status"] == "oom")
 
 
-def unexplained_where_memory_ended(rows, summary, manifest):
+def unexplained_where_memory_ended(rows, manifest):
     first_oom(rows)["unexplained_bytes"] = 10 << 30
 
 
-def no_reconciliation_where_memory_ended(rows, summary, manifest):
+def no_reconciliation_where_memory_ended(rows, manifest):
     first_oom(rows)["unexplained_bytes"] = None
 
 
-def ledger_above_the_meter(rows, summary, manifest):
+def ledger_above_the_meter(rows, manifest):
     row = first_oom(rows)
     row["peak_ledger_bytes"] = row["peak_device_bytes"] + (10 << 30)
 
 
-def more_free_than_there_is(rows, summary, manifest):
+def more_free_than_there_is(rows, manifest):
     row = first_oom(rows)
     row["oom_free_bytes"] = row["capacity_bytes"] + (10 << 30)
 
 
-def unrepeatable(rows, summary, manifest):
-    first_ok(rows)["attention_decode_step_ms"] *= 1.05
+def unrepeatable(rows, manifest):
+    row = first_ok(rows)
+    row["attention_decode_step_ms"] *= 1.05
+    row["attention_decode_tokens_per_second"] /= 1.05
 
 
-def unrepeatable_memory(rows, summary, manifest):
+def unrepeatable_memory(rows, manifest):
     row = first_ok(rows)
     row["peak_device_bytes"] = row["predicted_peak_bytes"] = row["peak_device_bytes"] + (1 << 30)
 
 
-def bracket_once(rows, summary, manifest):
+def bracket_once(rows, manifest):
     del rows[-1]
 
 
-def resident_once(rows, summary, manifest):
+def resident_once(rows, manifest):
     rows.remove(next(r for r in rows if r["purpose"] == "resident"))
 
 
-def never_filled(rows, summary, manifest):
+def never_filled(rows, manifest):
     rows[:] = [r for r in rows if r["purpose"] != "resident"]
 
 
-def held_less_the_second_time(rows, summary, manifest):
+def held_less_the_second_time(rows, manifest):
     last = [r for r in rows if r["purpose"] == "resident"][-1]
     last["resident_tokens"] -= 6_000
 
 
-def filled_where_it_does_not_start_each_time(rows, summary, manifest):
+def filled_where_it_does_not_start_each_time(rows, manifest):
     """It was filled twice at the upper end, of which another trial says that it does not start."""
-    summary["strategies"]["static"]["startup"]["not_ok"] = 5_802_817
-    summary["strategies"]["static"]["resident"] = {"ok": 5_802_816, "not_ok": 5_802_817}
     for row in list(rows):
         if row["purpose"] == "resident":
             row |= {"context_tokens": 5_802_816, "resident_tokens": 5_802_816}
@@ -85,96 +91,95 @@ def filled_where_it_does_not_start_each_time(rows, summary, manifest):
             rows.append(row | {"context_tokens": 5_802_817, "trial_id": f"{row['trial_id']}b"})
 
 
-def wide_bracket(rows, summary, manifest):
+def wide_bracket(rows, manifest):
     for row in rows[-4:]:
         if row["context_tokens"] == 5_802_816:
             row["context_tokens"] = 5_900_000
-    for point in ("startup", "admit"):
-        summary["strategies"]["static"][point]["not_ok"] = 5_900_000
 
 
-def bracket_both_ways(rows, summary, manifest):
+def bracket_both_ways(rows, manifest):
     """An end that was ok in one trial and not in its repeat."""
-    end = [r for r in rows if r["purpose"] == "bracket" and r["status"] == "ok"]
-    again = end[0] | {"status": "oom", "oom_phase": "pool", "trial_id": "z" * 12, "repeat": 9}
-    rows.append(ordered(again))
+    ends = [r for r in rows if r["purpose"] == "bracket"]
+    ok, oom = (next(r for r in ends if r["status"] == s) for s in ("ok", "oom"))
+    again = {"context_tokens": ok["context_tokens"], "trial_id": "z" * 12, "repeat": 9}
+    rows.append(ordered(oom | again))
 
 
-def dirty(rows, summary, manifest):
+def dirty(rows, manifest):
     manifest["git"] = {"commit": "c" * 40, "dirty": True}
 
 
-def speed_in_a_failed_row(rows, summary, manifest):
+def speed_in_a_failed_row(rows, manifest):
     next(r for r in rows if r["status"] == "oom")["attention_decode_step_ms"] = 1.0
 
 
-def ungated(rows, summary, manifest):
+def ungated(rows, manifest):
     first_ok(rows)["gate_error"] = None
 
 
-def gate_beyond_its_limit(rows, summary, manifest):
+def gate_beyond_its_limit(rows, manifest):
     first_ok(rows)["gate_error"] = 0.9
 
 
-def lse_beyond_its_limit(rows, summary, manifest):
+def lse_beyond_its_limit(rows, manifest):
     first_ok(rows)["gate_lse_error"] = -0.9
 
 
-def merged_gate_beyond_its_limit(rows, summary, manifest):
+def merged_gate_beyond_its_limit(rows, manifest):
     first_ok(rows)["merged_gate_error"] = 0.9
 
 
-def another_configuration(rows, summary, manifest):
+def another_configuration(rows, manifest):
     manifest["config_hash"] = "fedcba9876543210"
 
 
-def renamed(rows, summary, manifest):
+def renamed(rows, manifest):
     manifest["run_id"] = "the best of three"
     for row in rows:
         row["run_id"] = manifest["run_id"]
 
 
-def resumed_on_another_gpu(rows, summary, manifest):
+def resumed_on_another_gpu(rows, manifest):
     manifest["attempts"] = [*manifest["attempts"], {"pid": 2, "gpu_uuids": ["GPU-1"]}]
 
 
-def attempt_without_a_gpu(rows, summary, manifest):
+def attempt_without_a_gpu(rows, manifest):
     manifest["attempts"] = [*manifest["attempts"], {"pid": 2}]
 
 
-def row_of_another_gpu(rows, summary, manifest):
+def row_of_another_gpu(rows, manifest):
     rows[-1]["gpu_uuid"] = "GPU-1"
 
 
-def row_without_a_gpu(rows, summary, manifest):
+def row_without_a_gpu(rows, manifest):
     rows[-1]["gpu_uuid"] = None
 
 
-def unplanned(rows, summary, manifest):
+def unplanned(rows, manifest):
     first_ok(rows)["predicted_peak_bytes"] *= 1.02
 
 
-def another_end(rows, summary, manifest):
+def another_end(rows, manifest):
     first_ok(rows)["predicted_status"] = "oom"
 
 
-def hot(rows, summary, manifest):
+def hot(rows, manifest):
     manifest["gpus_after"] = [{"throttle_reasons": "0x40"}]
 
 
-def unfinished(rows, summary, manifest):
+def unfinished(rows, manifest):
     manifest["finished_utc"] = None
 
 
-def crashed(rows, summary, manifest):
+def crashed(rows, manifest):
     rows.append(ordered(rows[0] | {"status": "crash", "signal": "SIGSEGV", "trial_id": "z"}))
 
 
-def unknown_status(rows, summary, manifest):
+def unknown_status(rows, manifest):
     rows[-1]["status"] = "fine"
 
 
-def twice_the_same_trial(rows, summary, manifest):
+def twice_the_same_trial(rows, manifest):
     rows[1]["trial_id"] = rows[0]["trial_id"]
 
 
@@ -229,10 +234,45 @@ def test_a_sound_folder_passes(tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda f: f.__name__)
 def test_each_fault_fails_its_checks_and_no_other(tmp_path, fault):
-    rows, summary, manifest = sweep() + bracket(), copy.deepcopy(SUMMARY), dict(MANIFEST)
-    fault(rows, summary, manifest)
-    folder = write_run(tmp_path / "run", rows, summary, **manifest)
+    rows, manifest = sweep() + bracket(), dict(MANIFEST)
+    fault(rows, manifest)
+    folder = write_run(tmp_path / "run", rows, **manifest)
     assert failures(folder) == FAULTS[fault]
+
+
+@pytest.mark.parametrize(
+    "rate",
+    [
+        "attention_decode_tokens_per_second",
+        "attention_decode_bytes_per_second",
+        "attention_prefill_tokens_per_second",
+    ],
+)
+def test_a_rate_that_does_not_follow_from_its_time_fails(tmp_path, rate):
+    rows = sweep() + bracket()
+    row = next(r for r in rows if r["status"] == "ok" and r["attention_decode_step_ms"])
+    row["attention_decode_bytes_per_second"] = (
+        row["kv_live_bytes"] * 1e3 / row["attention_decode_step_ms"]
+    )
+    assert failures(write_run(tmp_path / "sound", rows)) == set()
+    row[rate] *= 1.001
+    assert failures(write_run(tmp_path / "forged", rows)) == {"rates"}
+
+
+@pytest.mark.parametrize("forged", ["startup", "peak_device_bytes", "arm", "verdict", "measured"])
+def test_a_summary_that_does_not_follow_from_the_rows_fails(tmp_path, forged):
+    rows = sweep() + bracket()
+    summary = of_rows(rows)
+    claim = next(c for c in summary["claims"] if c["trials"] and c["measured"] is not None)
+    if forged == "startup":
+        summary["strategies"]["paged"]["startup"]["ok"] = 100_000_000
+    elif forged == "arm":
+        summary["strategies"]["invented"] = summary["strategies"]["paged"]
+    elif forged in claim:
+        claim[forged] = "invented"
+    else:
+        summary["strategies"]["paged"][forged] = 1 << 30
+    assert failures(write_run(tmp_path / "run", rows, summary)) == {"summary"}
 
 
 def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
@@ -246,13 +286,14 @@ def test_a_failed_check_is_named_and_ends_with_status_one(tmp_path, capsys):
 @pytest.mark.parametrize("end", ["ok", "not_ok"])
 def test_only_the_upper_end_may_end_both_ways(tmp_path, end):
     rows = sweep() + bracket()
-    point = SUMMARY["strategies"]["static"]["startup"]
+    point = of_rows(rows)["strategies"]["static"]["startup"]
     at = [r for r in rows if r["purpose"] == "bracket" and r["context_tokens"] == point[end]]
     assert len(at) == 2 and at[0]["status"] == at[1]["status"]
     like = {r["context_tokens"]: r for r in rows if r["purpose"] == "bracket"}
     other = like[point["not_ok" if end == "ok" else "ok"]]
+    before = of_rows(rows)
     at[1] |= {k: other[k] for k in ("status", "oom_phase", "admitted")}
-    found = check_run(load_run(write_run(tmp_path / "run", rows, SUMMARY)))["brackets"]
+    found = check_run(load_run(write_run(tmp_path / "run", rows, before)))["brackets"]
     if end == "ok":
         assert found.outcome == "fail" and "ended both ways" in found.reason
     else:
@@ -268,13 +309,14 @@ def test_an_item_that_is_named_excuses_the_planner(tmp_path):
 
 
 def test_a_strangers_folder_that_lacks_figures_is_judged_all_the_same(tmp_path):
-    rows, summary = sweep() + bracket(), copy.deepcopy(SUMMARY)
+    rows = sweep() + bracket()
+    summary = of_rows(rows)
     summary["strategies"]["static"]["startup"]["not_ok"] = "none"
     for row in rows:
         row["context_tokens"] = None if row["purpose"] == "resident" else row["context_tokens"]
     folder = write_run(tmp_path / "run", rows, summary)
     (folder / "timeline.csv").write_text("trial_id,phase\nx,context\n")
-    assert {"events", "schema"} <= failures(folder)
+    assert {"events", "schema", "summary"} <= failures(folder)
 
 
 @pytest.mark.parametrize("status", ["oom", "refused", "crash"])
@@ -318,7 +360,7 @@ def test_without_a_timed_repeat_no_spread_is_told(tmp_path, scale):
 def test_rows_without_a_chunk_repeat_within_their_tolerance(tmp_path):
     rows = [r | {"chunk_bytes": None} for r in sweep() + bracket()]
     assert failures(write_run(tmp_path / "run", rows)) == set()
-    unrepeatable_memory(rows, {}, {})
+    unrepeatable_memory(rows, {})
     assert failures(write_run(tmp_path / "other", rows)) == {"repeatability", "events"}
 
 

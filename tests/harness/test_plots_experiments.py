@@ -382,7 +382,8 @@ def test_an_engine_among_the_arms_asks_for_no_other_figure(experiment):
 def test_claims_draw_no_sweep_of_contexts_but_what_engines_and_fractions_ask_for():
     rows = [cell(n, 10_000_000, 0.0) | {"experiment": "claims"} for n in ("static", "sglang")]
     rows += [rows[0] | {"mem_fraction": f, "trial_id": f"f{f}"} for f in (0.5, 0.8)]
-    assert set(figures(frame(rows), None, SUMMARY)) == {"root_cause", "mem_fraction"}
+    drawn = figures(frame(rows), None, SUMMARY)
+    assert set(drawn) == {"verdicts", "root_cause", "mem_fraction"}
 
 
 def test_every_figure_is_of_a_question_and_has_a_title():
