@@ -156,7 +156,7 @@ def _of_two_ends(rows: list[Row]) -> str:
     """Which configurations start, and which do not."""
     ends = {
         "starts": sorted({_named(r) for r in rows if starts(r)}),
-        "does not": sorted({_named(r) for r in rows if not starts(r)}),
+        "Does not": sorted({_named(r) for r in rows if not starts(r)}),
     }
     return ". ".join(f"{end}: {'; '.join(those)}" for end, those in ends.items() if those)
 

@@ -168,7 +168,7 @@ def test_c11_names_the_models_of_which_only_the_emulation_was_started():
     found = verdict("C11", [*real, *vllm(), alone])
     told, _, beside = found["condition"].partition("Emulated only: ")
     assert "another" not in told and beside.startswith("starts: another (")
-    assert "does not: " in told and found["trials"][-1] == alone["trial_id"]
+    assert "Does not: " in told and found["trials"][-1] == alone["trial_id"]
 
 
 def test_c11_says_what_does_not_fit():
