@@ -216,7 +216,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         prog="python -m harness.compare",
         description="Compare two runs (of two commits, say), or two strategies of one run: paired "
-        "ratios with confidence intervals, what changed, what is significant at the 2 %% gate.",
+        "ratios with confidence intervals, what changed, what is significant at the 2 % gate.",
         epilog=f"Writes compare_*.csv, .png and .svg into {OUT}. Exit status: 0; 1 when not one "
         "cell can be compared; 2 for bad input.",
     )
