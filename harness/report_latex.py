@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from harness import tables
 from harness.latex_table import breakable
 from harness.report import title
+from harness.rows import Row
 from harness.runs import Run, clean, dicts, lookup, write_file
 from harness.series import scale
 from harness.sources import Sources
-from harness.tabular import EMPTY, Table, figure_of, gib, latex_text, tokens
+from harness.tabular import EMPTY, Table, figure_of, gib, known, latex_text, tokens
 
 _DIGITS = dict(
     zip(
@@ -105,6 +107,7 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
             if isinstance(at, (int, float)):
                 source = told(f"strategies.{name}.decode at {at:.0f}", sources.decode(name, at))
                 yield f"{own}DecodeAt{letters(tokens(at))}", figure_of(rate), source
+        yield from _speeds(own, sources.arms.get(name, []))
     for claim in dicts(run.summary, "claims"):
         claimed = clean(lookup(claim, "id", default=""))
         name = f"Claim{letters(claimed)}"
@@ -114,13 +117,36 @@ def headline(run: Run) -> Iterator[tuple[str, str, str]]:
             ("measured", "Measured"),
             ("reported", "Reported"),
         ):
-            yield f"{name}{word}", tables.value(lookup(claim, key)), source
+            verdict = key == "verdict"
+            text = tables.value(lookup(claim, key)) if verdict else tables.with_unit(claim, key)
+            yield f"{name}{word}", text, source
     yield "Trials", str(run.rows["trial_id"].nunique()), "trials.csv"
     yield (
         "Commit",
         clean(lookup(run.manifest, "git", "commit", default=""))[:12] or EMPTY,
         "manifest",
     )
+
+
+# What is told of an arm at each length that it was timed at: the column, its unit's factor, a word.
+SPEEDS = (
+    ("attention_decode_step_ms", 1.0, "DecodeMs"),
+    ("attention_decode_bytes_per_second", 1e-12, "DecodeTerabytes"),
+    ("attention_prefill_chunk_ms", 1.0, "PrefillMs"),
+    ("attention_prefill_flops_per_second", 1e-12, "PrefillTeraflops"),
+)
+
+
+def _speeds(own: str, rows: list[Row]) -> Iterator[tuple[str, str, str]]:
+    """Yield an arm's times, TB/s and TFLOP/s: medians over its trials of a length."""
+    for column, factor, word in SPEEDS:
+        timed = [r for r in rows if r["status"] == "ok" and known(r.get(column))]
+        for at in sorted({int(r["resident_tokens"]) for r in timed}):
+            those = [r for r in timed if r["resident_tokens"] == at]
+            value = factor * statistics.median(float(r[column]) for r in those)
+            trials = " ".join(sorted({str(r["trial_id"]) for r in those}))
+            where = f"trials.csv {column} x {factor:g} at {at}; trials {trials}"
+            yield f"{own}{word}At{letters(tokens(at))}", figure_of(value, 4), where
 
 
 def letters(text: str) -> str:

@@ -223,7 +223,7 @@ def verdicts(summary: dict[str, Any]) -> Table:
             clean(lookup(c, "id", default="")),
             clean(lookup(c, "claim", default="") or lookup(c, "text", default="")) or EMPTY,
             clean(lookup(c, "verdict", default="")) or EMPTY,
-            _with_unit(c),
+            with_unit(c),
             value(lookup(c, "reported")),
             clean(lookup(c, "basis", default="")) or EMPTY,
             clean(lookup(c, "condition", default="")) or EMPTY,
@@ -255,8 +255,9 @@ def claim_trials(claim: dict[str, Any]) -> list[str]:
     return [clean(t) for t in found] if isinstance(found, list) else []
 
 
-def _with_unit(claim: dict[str, Any]) -> str:
-    text, unit = value(lookup(claim, "measured")), clean(lookup(claim, "unit", default=""))
+def with_unit(claim: dict[str, Any], key: str = "measured") -> str:
+    """Return what was measured, or reported, for a claim, with its unit."""
+    text, unit = value(lookup(claim, key)), clean(lookup(claim, "unit", default=""))
     if text == EMPTY or not unit:
         return text
     return f"{text} ({unit})" if " " in unit else f"{text} {unit}"

@@ -159,6 +159,11 @@ def test_macros_are_letters_and_unique_and_say_where_the_number_stands(run):
     )
     where = "summary.json claims.C1; trials abc"
     assert rf"\newcommand{{\kvClaimCOneVerdict}}{{conditional}} % {where}" in lines
+    paged = [r for r in sweep(1) if (r["strategy"], r["context_tokens"]) == ("paged", 1_000_000)]
+    (row,) = [r for r in paged if r["attention_decode_step_ms"]]
+    ms = f"{row['attention_decode_step_ms']:.4g}"
+    (told,) = [x for x in lines if x.startswith(rf"\newcommand{{\kvPagedDecodeMsAtOneM}}{{{ms}}}")]
+    assert "attention_decode_step_ms x 1 at 1000000; trials " in told and row["trial_id"] in told
     assert letters("eager_pages v2") == "EagerPagesVTwo"
     assert letters("2.5M") != letters("25M")
 
