@@ -73,6 +73,13 @@ def parallel_of(conf: DictConfig, on_host: bool, index: int, planning: bool) -> 
     _range("context_ranks", conf.context_ranks, 1, conf.ranks)
     if conf.ranks % conf.context_ranks:
         raise BadValue("parallel.context_ranks", conf.context_ranks, f"a divisor of {conf.ranks}")
+    if conf.kind == "tp" and conf.context_ranks > 1:
+        allowed = "1 with parallel=tp; parallel=context deals pages out"
+        raise BadValue("parallel.context_ranks", conf.context_ranks, allowed)
+    if conf.kind == "context" and conf.context_ranks == 1 < conf.ranks:
+        raise BadValue("parallel.context_ranks", 1, "2 or more with parallel=context")
+    if conf.plan_beyond is not None:
+        _whole("plan_beyond", conf.plan_beyond, MAX_RANKS)
     processes, planned = _processes(conf, on_host, index, planning)
     backend = "" if planned else _backend(conf, on_host, processes, planning)
     nccl = 0 if str(conf.nccl) == "0" else parse_bytes(conf.nccl, "parallel.nccl")
@@ -117,8 +124,7 @@ def _processes(conf: DictConfig, on_host: bool, index: int, planning: bool) -> t
     elif not on_host:
         limit, why = max(1, gpu_count() - index), "the GPUs that are here"
     if conf.plan_beyond is not None:
-        beyond = _whole("plan_beyond", conf.plan_beyond, MAX_RANKS)
-        return wanted, wanted > min(beyond, limit)
+        return wanted, wanted > min(int(conf.plan_beyond), limit)
     if wanted > limit:
         raise BadValue("parallel.processes", wanted, f"1 to {limit}, {why}")
     return wanted, False

@@ -105,15 +105,15 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     Raises
     ------
     BadLaunch
-        When they contradict each other, or MASTER_ADDR and MASTER_PORT are no address and port.
+        When they contradict each other, one is missing, or MASTER_ADDR and MASTER_PORT are no address and port.
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None
     numbers = []
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         text = environment.get(name, environment["RANK"] if name == "LOCAL_RANK" else "")
         if not text.isdecimal():
-            raise BadLaunch(name, text, "a whole number")
+            raise BadLaunch(name, text, "a whole number; RANK and WORLD_SIZE are set together")
         numbers.append(int(text))
     found = Launched(*numbers)
     if not found.world_size:

@@ -15,8 +15,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
 
-from harness import cluster, lock
+from harness import cluster, hardware, lock, ranks_relay, session
 from harness.cli import main
 from harness.cluster import first_free, split_words
 from harness.compose import compose_config
@@ -28,6 +29,7 @@ from tests.harness.ranks_fixture import LIMIT_SECONDS, SMALL, processes_about, s
 
 SWEEP = ("-m", "strategy=static,paged", *SMALL, "fill=0", "trial.timing=false")
 GPU = Hardware("h200", "cuda", "NVIDIA H200", 1, 1, 1, 1, 0, 132, 0, "GPU-a")
+GPU_0 = replace(GPU, uuid="GPU-0")
 
 
 @pytest.mark.beside
@@ -222,6 +224,31 @@ def test_two_jobs_never_share_a_gpu(tmp_path, monkeypatch):
             second.close()
             waiting.join(10)
             assert found == [1]
+
+
+def test_a_job_measures_on_the_gpu_that_it_holds(tmp_path, monkeypatch):
+    seen = [hardware.GpuSeen("NVIDIA H200", 150 << 30, 149 << 30, f"GPU-{n}") for n in range(2)]
+    monkeypatch.setattr(lock, "LOCK_DIR", tmp_path)
+    monkeypatch.setattr(hardware, "torch_has_cuda", lambda: True)
+    monkeypatch.setattr(hardware, "seen_gpu", lambda index=0: seen[index])
+    monkeypatch.setattr(cluster, "gpu_count", lambda: 2)
+    ran = []
+
+    def run_job(folder, settings, words):
+        ran.append(settings.hardware.uuid)
+        with pytest.raises(lock.Busy), lock.device_lock(settings.hardware):
+            pass
+
+    monkeypatch.setattr(session, "run_job", run_job)
+    monkeypatch.setattr(ranks_relay, "seen_gpu", hardware.seen_gpu)
+    words = ["hardware=auto", "context=64K", "sweep.contexts=[64K]"]
+    (tmp_path / cluster.PLAN).write_text(json.dumps({"arms": [words]}))
+    job = OmegaConf.create({"folder": str(tmp_path), "arm": 0})
+    with lock.device_lock(GPU_0):
+        cluster.run_arm(job)
+    cluster.run_arm(job)
+    assert ran == ["GPU-1", "GPU-0"]
+    assert not list(tmp_path.rglob("error.txt"))
 
 
 def test_a_job_of_several_ranks_takes_all_their_gpus(tmp_path, monkeypatch):

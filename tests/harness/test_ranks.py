@@ -72,6 +72,12 @@ def test_a_launcher_is_read_from_the_environment():
     assert launched({}) is None
 
 
+@pytest.mark.parametrize(("lone", "missing"), [("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")])
+def test_half_of_what_a_launcher_sets_is_refused(lone, missing):
+    with pytest.raises(BadLaunch, match=f"^{missing}="):
+        launched({lone: "0"} if lone == "RANK" else {lone: "2"})
+
+
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [
@@ -109,6 +115,7 @@ def test_visible_devices_name_the_gpu_that_nvml_knows():
         "parallel.processes=0",
         "parallel.context_ranks=3",
         "parallel.backend=nccl",
+        "parallel.context_ranks=2",
         "parallel.plan_beyond=none",
         "fault.rank=first",
     ],
@@ -118,6 +125,19 @@ def test_ranks_that_cannot_be_are_refused_in_one_line(word):
         compose_settings(["hardware=scale_model", "fault.kind=hang", word])
     assert str(refused.value).startswith(word.partition("=")[0])
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("parallel.plan_beyond=1.5", "plan_beyond"),
+        ("parallel.context_ranks=2", "context_ranks"),  # of parallel=tp
+        ("parallel.kind=context", "context_ranks"),  # which is 1
+    ],
+)
+def test_a_plan_refuses_what_a_run_would(word, key):
+    with pytest.raises(BadValue, match=rf"^parallel\.{key}="):
+        compose_settings(["hardware=scale_model", word], planning=True)
 
 
 def test_a_window_is_shared_like_the_sequence():

@@ -95,7 +95,11 @@ def test_values_out_of_range(word, allowed):
     [
         (["parallel.ranks=3"], "parallel.ranks", "1, 2, 4, 8, 16, 32, 64 with 64 query"),
         (["parallel.ranks=128"], "parallel.ranks", "1, 2, 4, 8, 16, 32, 64 with"),
-        (["parallel.ranks=6", "parallel.context_ranks=2"], "parallel.ranks", "2, 4, 8, 16, 32, 64"),
+        (
+            ["parallel.ranks=6", "parallel=context", "parallel.context_ranks=2"],
+            "parallel.ranks",
+            "2, 4, 8, 16, 32, 64",
+        ),
         (["parallel.ranks=5", "model=llama4_scout"], "parallel.ranks", "1, 2, 4, 8"),
         (["model.q_heads_total=63"], "model.q_heads_total", "a multiple of 8 ranks"),
         (["parallel.ranks=3", "model.head_dim=7"], "model.head_dim", "64, 128 or 256"),
@@ -106,7 +110,7 @@ def test_what_was_typed_is_what_does_not_fit(words, key, allowed):
         made(*words)
     assert refused.value.key == key and allowed in refused.value.allowed
     if key == "parallel.ranks":  # and what is said to be allowed is
-        context = ["parallel.context_ranks=2"] if len(words) > 1 and "context" in words[1] else []
+        context = [w for w in words if "context" in w]
         model = [w for w in words if w.startswith("model=")]
         for ranks in refused.value.allowed.partition(" with")[0].split(", "):
             made(f"parallel.ranks={ranks}", *context, *model)
