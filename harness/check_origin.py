@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from harness.check_rules import Result, failed, named, not_applicable, passed
+from harness.provenance import hash_in
 from harness.runs import Run, clean, dicts, lookup
 from harness.sources import arms_of
 
@@ -29,7 +30,10 @@ def tree(run: Run) -> Result:
 
 
 def identity(run: Run) -> Result:
-    """Check that the run's id ends in the beginning of its configuration's hash."""
+    """Check a run's id, that it ends in its configuration's hash, and that rows have such ids.
+
+    The hash of config.yaml itself may be another one: rules of what is part of it change.
+    """
     digest = lookup(run.manifest, "config_hash")
     if not isinstance(digest, str) or not digest:
         return not_applicable("no hash of the configuration in the manifest")
@@ -38,6 +42,11 @@ def identity(run: Run) -> Result:
         return failed(f"run id {run.run_id!r:.60} is not of the form DATE-TIME-HASH")
     if not digest.startswith(match["hash"]):
         return failed(f"run id ends in {match['hash']}, the configuration's hash is {digest:.16}")
+    if not hash_in(run.folder):
+        return failed("config.yaml holds no settings of a run")
+    strange = sorted({r for r in run.rows["run_id"] if not RUN_ID.fullmatch(str(r))})
+    if strange:
+        return failed(f"rows of a run {clean(strange[0])!r:.60}: not of the form DATE-TIME-HASH")
     return passed(f"configuration {match['hash']}")
 
 

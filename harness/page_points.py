@@ -76,7 +76,7 @@ def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, A
     except RunError:
         raise
     except (
-        *(AttributeError, ArithmeticError, LookupError, TypeError, ValueError),
+        *(AttributeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError),
         *(YAMLError, OmegaConfBaseException),
     ) as error:
         raise RunError(f"{where}: no settings of a run ({clean(error)[:200]})") from None

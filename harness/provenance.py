@@ -61,7 +61,7 @@ def hash_in(folder: Path) -> str:
         found: Any = OmegaConf.to_container(OmegaConf.create(text))
         return config_hash([from_json(arm) for arm in found["arms"]])
     except (
-        *(OSError, AttributeError, LookupError, TypeError, ValueError),
+        *(OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
         *(YAMLError, OmegaConfBaseException),
     ):
         return ""

@@ -105,7 +105,8 @@ def launched(environment: Mapping[str, str] = os.environ) -> Launched | None:
     Raises
     ------
     BadLaunch
-        When they contradict each other, one is missing, or MASTER_ADDR and MASTER_PORT are no address and port.
+        When they contradict each other, one is missing, or MASTER_ADDR and MASTER_PORT are no
+        address and port.
     """
     if "RANK" not in environment and "WORLD_SIZE" not in environment:
         return None

@@ -98,10 +98,10 @@ def begin(folder: RunFolder, settings: list[Settings], words: list[str], experim
     else:
         manifest = provenance.manifest(folder.run_id, settings, words, experiment)
     folder.write_json("manifest.json", manifest)
-    folder.write_text("config.yaml", _config_yaml(settings))
+    folder.write_text("config.yaml", config_yaml(settings))
 
 
-def _config_yaml(settings: list[Settings]) -> str:
+def config_yaml(settings: list[Settings]) -> str:
     """The resolved settings of every arm."""
     from omegaconf import OmegaConf
 

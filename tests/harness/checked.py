@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from harness.check import check_run
 from harness.runs import load_run
+from harness.session import config_yaml
 from tests.harness import run_fixture
+from tests.harness.composed import made
 from tests.harness.run_fixture import bracket, of_rows, sweep
 
 
 def write_run(folder, rows=None, summary=None, **manifest):
     """A folder whose summary is that of its rows, as a run leaves it."""
     rows = sweep() + bracket() if rows is None else rows
-    return run_fixture.write_run(folder, rows, summary or of_rows(rows), **manifest)
+    path = run_fixture.write_run(folder, rows, summary or of_rows(rows), **manifest)
+    (path / "config.yaml").write_text(configuration())
+    return path
+
+
+@cache
+def configuration():
+    """A run's config.yaml."""
+    return config_yaml([made("strategy=paged")])
 
 
 def first_ok(rows):

@@ -54,6 +54,19 @@ def test_a_summary_that_does_not_follow_from_the_rows_fails(tmp_path, forged):
     assert failures(write_run(tmp_path / "run", rows, summary)) == {"summary"}
 
 
+@pytest.mark.parametrize("text", ["", "a: &a [*a]\n_target_: os.system\n", "arms: [{}]", "seed: 0"])
+def test_a_configuration_that_is_none_fails(tmp_path, text):
+    folder = write_run(tmp_path / "run")
+    (folder / "config.yaml").write_text(text)
+    assert failures(folder) == {"identity"}
+
+
+def test_a_row_of_a_run_that_cannot_be_fails(tmp_path):
+    rows = sweep() + bracket()
+    rows[0]["run_id"] = "../../evil"
+    assert "identity" in failures(write_run(tmp_path / "run", rows))
+
+
 @pytest.mark.parametrize("beyond", [0, 1])
 def test_reconciliation_ends_at_the_rows_own_tolerance(tmp_path, beyond):
     rows = sweep() + bracket()

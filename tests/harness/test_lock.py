@@ -151,14 +151,21 @@ def test_a_trial_holds_the_device_of_its_harness_until_it_is_gone(tmp_path, kind
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert process.stdout.readline() == "on\n"
-    (trial,) = processes_of(tmp_path / ".trial") if kind == "fresh" else _children(process.pid)[:1]
-    assert str(lock_path("GPU-5")) in _open_files(trial)
-    process.kill()
-    process.communicate()
-    until(lambda: is_gone(trial), seconds=30)
-    with device_lock(gpu("GPU-5")):
-        pass
+    trial = None
+    try:
+        assert process.stdout.readline() == "on\n"
+        there = processes_of(tmp_path / ".trial") if kind == "fresh" else _children(process.pid)
+        trial = there[0]
+        assert str(lock_path("GPU-5")) in _open_files(trial)
+        process.kill()
+        until(lambda: is_gone(trial), seconds=30)
+        with device_lock(gpu("GPU-5")):
+            pass
+    finally:  # of a test that fails nothing stays
+        process.kill()
+        process.communicate()
+        if trial is not None and not is_gone(trial):
+            os.kill(trial, signal.SIGKILL)
 
 
 # The command on a machine whose driver knows one GPU; a trial hangs before it would touch it.
