@@ -18,7 +18,7 @@ VLLM=${VLLM:-}
 
 STEPS=(
   report qwen3_30b_a3b scout nccl root_cause requests_128 remedies waste mem_fraction
-  fragmentation granularity precision ballast real_engines claims
+  repeats fragmentation granularity precision ballast real_engines claims
 )
 
 words_of() {  # the command line of a step; none where it cannot be taken here
@@ -40,6 +40,9 @@ words_of() {  # the command line of a step; none where it cannot be taken here
     ballast)  # a device of 24 GiB: the driver refuses beside memory that is held and never touched
       words=(-m "$both" hardware.capacity=24GiB context=1M "sweep.contexts=[1M]" fill=0
         trial.timing=false experiment.name=ballast) ;;
+    repeats)  # how far a speed repeats, and what compare decides of each length
+      words=(-m "$both" context="$CONTEXT" "sweep.contexts=[1M,5M]" sweep.repeats=3 fill=1
+        "${one_size[@]}" experiment.name=repeats) ;;
     root_cause) words=(experiment=root_cause context="$CONTEXT") ;;
     real_engines)
       [ -n "$SGLANG$VLLM" ] || return 0
