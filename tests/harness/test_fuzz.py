@@ -72,7 +72,7 @@ def changes(draw):
     return strategy, {k: draw(values) for k in keys}
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(change=changes())
 def test_any_value_of_any_key(change):
     strategy, changed = change
@@ -137,7 +137,7 @@ def test_any_path_of_a_trace(path):
         assert refused_in_one_line(error) and error.key == "workload.path"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(word=st.one_of(st.text(max_size=30), st.from_regex(r"[a-z.@/~+]{0,12}=.{0,20}")))
 def test_any_word(word):
     try:

@@ -140,7 +140,7 @@ def check(spec):
 FRACTIONS = st.sampled_from([0.3, 0.5, 0.65, 0.8, 1.0])
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=70, deadline=None)
 @given(
     st.sampled_from(["static", "paged", "eager_pages"]),
     st.integers(1, 60_000),
@@ -195,7 +195,7 @@ def hybrid(page_tokens, window_pages, full_pages=4, local_pages=4):
     return KVModel("hybrid", groups)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     st.builds(hybrid, st.sampled_from([16, 128]), st.integers(1, 40)),
     st.integers(1, 30_000),

@@ -142,7 +142,7 @@ def test_limits(tmp_path, monkeypatch):
 
 
 @given(data=st.binary(max_size=300), prefix=st.sampled_from(["", AZURE, "{", "\x1f\x8b"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_any_bytes_are_a_trace_or_one_line(tmp_path_factory, data, prefix):
     path = written(tmp_path_factory.getbasetemp(), prefix.encode("latin-1") + data, "fuzz")
     try:

@@ -38,7 +38,7 @@ def chunks(draw):
     return start, tokens, window, draw(geometries), rows, tile_tokens, programs
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(chunks())
 def test_every_visible_tile_is_read_once(chunk):
     start, tokens, window, geometry, rows, tile_tokens, programs = chunk
@@ -57,7 +57,7 @@ def test_every_visible_tile_is_read_once(chunk):
         assert all(a[1] == b[0] for a, b in itertools.pairwise(runs))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(chunks())
 def test_clear_tiles_need_no_mask_and_masked_ones_do(chunk):
     start, tokens, window, geometry, rows, tile_tokens, programs = chunk
@@ -75,7 +75,7 @@ def test_clear_tiles_need_no_mask_and_masked_ones_do(chunk):
             assert clear_lo == lo  # the Hopper kernel knows no mask at the front
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(chunks())
 def test_pieces_and_merges_match(chunk):
     start, tokens, window, geometry, rows, tile_tokens, programs = chunk

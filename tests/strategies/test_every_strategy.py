@@ -229,7 +229,7 @@ class Requests(Sequences):
 
 
 TestRequests = Requests.TestCase
-TestRequests.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+TestRequests.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 @pytest.mark.parametrize("model", [PLAIN, HYBRID], ids=lambda m: m.name)
