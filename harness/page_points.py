@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from harness import check_brackets, forecast, tables
 from harness.check_brackets import POINTS
 from harness.planner_engines import ENGINES
 from harness.planner_spec import OomPoint, OomPoints
-from harness.runs import Run, RunError, clean, lookup, read_text
-from harness.settings import Settings, from_json
+from harness.provenance import settings_in
+from harness.runs import Run, RunError, clean, lookup
+from harness.settings import Settings
 from harness.tabular import EMPTY, Table, known, tokens
 
 NOT_CLOSED = "not closed"
@@ -63,9 +62,7 @@ def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, A
     """
     where, arms = f"{run.folder.name}/config.yaml", tables.strategies(run.summary)
     try:
-        text = read_text(run.folder / "config.yaml", run.folder)
-        found: Any = OmegaConf.to_container(OmegaConf.create(text))
-        made = [from_json(arm) for arm in found["arms"]]
+        made = settings_in(run.folder)
         if len(made) != len(arms):
             raise RunError(f"{where}: {len(made)} arms; allowed: {len(arms)}, as in summary.json")
         return [
@@ -77,7 +74,7 @@ def _planned(run: Run) -> list[tuple[Settings, OomPoints, tuple[str, dict[str, A
         raise
     except (
         *(AttributeError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError),
-        *(YAMLError, OmegaConfBaseException),
+        *(OSError, YAMLError),
     ) as error:
         raise RunError(f"{where}: no settings of a run ({clean(error)[:200]})") from None
 

@@ -50,18 +50,31 @@ def config_hash(settings: list[Settings]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def hash_in(folder: Path) -> str:
-    """The hash of the configuration that a folder holds; empty where there is none to be read."""
+def settings_in(folder: Path) -> list[Settings]:
+    """Every arm of the ``config.yaml`` that a folder holds, which is read as data.
+
+    Raises
+    ------
+    AttributeError, LookupError, OSError, RecursionError, TypeError, ValueError, yaml.YAMLError
+        When it holds no settings of a run.
+    """
     import yaml  # type: ignore[import-untyped]
 
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # OmegaConf's takes twenty times as long
+    text = read_text(folder / "config.yaml", "config.yaml", MAX_CONFIG_BYTES)
+    found: Any = yaml.load(text, Loader=loader)
+    return [from_json(arm) for arm in found["arms"]]
+
+
+def hash_in(folder: Path) -> str:
+    """The hash of the configuration that a folder holds; empty where there is none to be read."""
+    from yaml import YAMLError
+
     try:
-        text = read_text(folder / "config.yaml", "config.yaml", MAX_CONFIG_BYTES)
-        found: Any = yaml.load(text, Loader=loader)
-        return config_hash([from_json(arm) for arm in found["arms"]])
+        return config_hash(settings_in(folder))
     except (
         *(OSError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
-        yaml.YAMLError,
+        YAMLError,
     ):
         return ""
 

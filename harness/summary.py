@@ -152,7 +152,7 @@ def resident(rows: list[Row], startup: Bracket) -> Bracket:
     if refused:
         best = max(refused, key=held_tokens)
         return {"ok": ok, "not_ok": ok + one_more(best), "limited_by": best["status"]}
-    if startup["not_ok"] is not None and startup["not_ok"] > ok:
+    if startup["not_ok"] is not None:
         return {"ok": ok, "not_ok": startup["not_ok"], "limited_by": startup["limited_by"]}
     died = [r for r in asked if not started(r)]
     lost = any(int(r["context_tokens"]) * float(r["fill"]) > ok for r in died)
